@@ -1,12 +1,12 @@
 """The shard format, version 1: what a dataset directory holds and how it is read.
 
-A dataset directory (local path or fsspec URL) holds `shard-000000.tar ...`, `index/*.parquet` and `dataset.json`.
-The tars are plain WebDataset: the members of a sample are adjacent, `KEY.json` first, then `KEY.jpg` (one image) or
-`KEY.0.jpg`, `KEY.1.png`, ... (several). The index repeats everything but the pixels, one row a sample. `dataset.json` is
-written last: where it exists, the dataset is complete.
+A dataset directory (local path or fsspec URL) holds `shard-000000.tar ...`, `index/*.parquet` and
+`dataset.json`. The tars are plain WebDataset: the members of a sample are adjacent, `KEY.json` first, then
+`KEY.jpg` (one image) or `KEY.0.jpg`, `KEY.1.png`, ... (several). The index repeats everything but the
+pixels, one row a sample. `dataset.json` is written last: where it exists, the dataset is complete.
 
-In: a directory. Out: `DatasetInfo`, the index as a pyarrow Table, checked messages. Called by every other file of this
-package, and by the training side, which takes nothing else from `shards`.
+In: a directory. Out: `DatasetInfo`, the index as a pyarrow Table, checked messages. Called by every other
+file of this package, and by the training side, which takes nothing else from `shards`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ DATASET_JSON = "dataset.json"
 INDEX_DIR = "index"
 ROLES = ("system", "user", "assistant")
 
-# offset and length of a row: bytes of the sample's members in the tar, from the first header to the end of the last
-# member's padding. offset and length of an image: its data alone, absolute in the tar. width and height: as shown.
+# offset and length of a row: bytes of the sample's members in the tar, from the first header to the end of
+# the last member's padding. offset and length of an image: its data alone, absolute in the tar. width and
+# height: as shown.
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -76,8 +77,9 @@ class ShardInfo:
 class DatasetInfo:
     """The content of `dataset.json`.
 
-    num_samples: over all splits. splits: samples of each split. source: where the rows came from. built_with: the
-    options that shaped the bytes. fingerprint: hex digest of source and options; equal fingerprints, equal datasets.
+    num_samples: over all splits. splits: samples of each split. source: where the rows came from.
+    built_with: the options that shaped the bytes. fingerprint: hex digest of source and options; equal
+    fingerprints, equal datasets.
     """
 
     format_version: int
@@ -102,7 +104,8 @@ def sample_json(messages: Sequence[dict[str, str]], meta: dict[str, Any]) -> byt
 def read_dataset_info(root: str) -> DatasetInfo:
     """Reads ROOT/dataset.json.
 
-    Raises BadInputError if ROOT is no directory, is incomplete (no dataset.json), is damaged, or has another version.
+    Raises BadInputError if ROOT is no directory, is incomplete (no dataset.json), is damaged, or has another
+    version.
     """
     fs, path = fsspec.core.url_to_fs(str(root))
     name = f"{path.rstrip('/')}/{DATASET_JSON}"
@@ -132,7 +135,8 @@ def read_index(root: str, split: str | None = None, columns: Sequence[str] | Non
     """The index of a complete dataset in canonical order (shard name, then offset), schema INDEX_SCHEMA.
 
     split: only its rows. columns: only these columns, in this order.
-    Raises BadInputError if the dataset is incomplete, has no such split, or the index does not agree with dataset.json.
+    Raises BadInputError if the dataset is incomplete, has no such split, or the index does not agree with
+    dataset.json.
     """
     info = read_dataset_info(root)
     if split is not None and split not in info.splits:
@@ -171,9 +175,10 @@ def image_tags(messages: Sequence[dict[str, str]]) -> list[int]:
 def check_messages(messages: Any, num_images: int) -> None:
     """Raises BadInputError naming the first fault of a sample's messages.
 
-    Good messages: a non-empty list of {"role", "content"} with known roles and text contents, at least one user turn, a
-    non-empty assistant reply that is the last turn, and the tags <|image_1|> .. <|image_N|> exactly once each, in this
-    order (the model takes images in order of appearance, whatever their number says), never inside a reply.
+    Good messages: a non-empty list of {"role", "content"} with known roles and text contents, at least one
+    user turn, a non-empty assistant reply that is the last turn, and the tags <|image_1|> .. <|image_N|>
+    exactly once each, in this order (the model takes images in order of appearance, whatever their number
+    says), never inside a reply.
     """
     if not isinstance(messages, list) or not messages:
         raise BadInputError("messages must be a non-empty list of {role, content}")

@@ -1,0 +1,271 @@
+"""Bytes from URLs and paths, many at a time, with every failure turned into a reason.
+
+In: URLs (http, https, file) or plain local paths. Out: one `Fetched` per input, in input order, holding the
+bytes or the reason why not; nothing here raises for a bad URL. At most `2 * concurrency` results exist at
+any moment.
+
+Addresses on private, loopback and link-local networks are refused unless the user allows them: a table from
+elsewhere must not make this machine read its neighbours' services. Every redirect is checked again, and so
+is the address that the connection really has, before any of the body is kept. Called by `build`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email.utils
+import ipaddress
+import random
+import socket
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_LONGEST_WAIT = 60.0  # seconds before a retry, whatever the server asks for
+_LONGEST_BACKOFF = 20.0
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """Limits of a fetch. Times in seconds, sizes in bytes.
+
+    total_timeout bounds one attempt from the request to the last byte; retries come on top of the first
+    attempt.
+    """
+
+    concurrency: int = 32
+    per_host: int = 16
+    connect_timeout: float = 10.0
+    read_timeout: float = 20.0
+    total_timeout: float = 120.0
+    retries: int = 3
+    backoff: float = 0.5
+    max_bytes: int = 64 * 2**20
+    max_redirects: int = 5
+    allow_private_hosts: bool = False
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """data: the bytes, None if there are none. reason: why there are none. http_status: of the last answer,
+    if any.
+    """
+
+    url: str
+    data: bytes | None
+    reason: str | None = None
+    http_status: int | None = None
+    attempts: int = 1
+
+
+class Fetcher:
+    """A connection pool with its limits; `async with Fetcher(options) as fetcher: await
+    fetcher.fetch(url)`.
+    """
+
+    def __init__(self, options: FetchOptions) -> None:
+        self.options = options
+        self._slots = asyncio.Semaphore(options.concurrency)
+        self._host_slots: dict[str, asyncio.Semaphore] = {}
+        self._client = httpx.AsyncClient(
+            follow_redirects=False,
+            trust_env=False,  # a proxy would hide the addresses that are checked here
+            timeout=httpx.Timeout(
+                options.read_timeout, connect=options.connect_timeout, pool=options.total_timeout
+            ),
+            limits=httpx.Limits(
+                max_connections=options.concurrency, max_keepalive_connections=options.concurrency
+            ),
+            headers={
+                "User-Agent": "phi3v-shards/1",
+                "Accept": "image/*,*/*;q=0.5",
+                "Accept-Encoding": "identity",
+            },
+        )
+
+    async def __aenter__(self) -> Fetcher:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.aclose()
+
+    async def fetch(self, url: str) -> Fetched:
+        """The bytes of one URL or path, or the reason why there are none. Raises nothing but cancellation."""
+        scheme = urllib.parse.urlsplit(url).scheme.lower() if "://" in url else ""
+        if scheme in ("", "file"):
+            path = urllib.parse.unquote(urllib.parse.urlsplit(url).path) if scheme else url
+            return await asyncio.to_thread(_read_file, url, Path(path), self.options.max_bytes)
+        if scheme not in ("http", "https"):
+            return Fetched(url, None, f"scheme {scheme}:// is not supported; use http, https, file or a path")
+        host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2].lower()
+        slots = self._host_slots.setdefault(host, asyncio.Semaphore(self.options.per_host))
+        for attempt in range(1, self.options.retries + 2):
+            async with slots, self._slots:
+                answer = await self._attempt(url)
+            if answer.wait is None or attempt > self.options.retries:
+                break
+            backoff = min(self.options.backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF) * random.uniform(
+                0.5, 1.5
+            )
+            await asyncio.sleep(max(backoff, answer.wait))
+        return Fetched(url, answer.data, answer.reason, answer.status, attempt)
+
+    async def _attempt(self, url: str) -> _Answer:
+        try:
+            async with asyncio.timeout(self.options.total_timeout):
+                return await self._follow(url)
+        except TimeoutError:
+            return _Answer(reason=f"no complete answer within {self.options.total_timeout:g} s", wait=0.0)
+        except _Refused as error:
+            return _Answer(reason=str(error))
+        except httpx.TimeoutException as error:
+            return _Answer(reason=f"timed out ({type(error).__name__})", wait=0.0)
+        except httpx.TransportError as error:
+            return _Answer(reason=f"{type(error).__name__}: {error}".rstrip(": "), wait=0.0)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, UnicodeError) as error:
+            return _Answer(reason=f"bad URL or answer ({error})")
+
+    async def _follow(self, url: str) -> _Answer:
+        here = httpx.URL(url)
+        for _ in range(self.options.max_redirects + 1):
+            if here.scheme not in ("http", "https") or not here.host:
+                return _Answer(reason=f"redirected to {here}, which is not http or https")
+            await self._check_host(here)
+            async with self._client.stream("GET", here) as response:
+                self._check_peer(response)
+                if response.has_redirect_location:
+                    here = here.join(response.headers["location"])
+                    continue
+                return await self._read(response)
+        return _Answer(reason=f"more than {self.options.max_redirects} redirects")
+
+    async def _read(self, response: httpx.Response) -> _Answer:
+        status, limit = response.status_code, self.options.max_bytes
+        if status != 200:
+            wait = _retry_after(response.headers.get("retry-after")) if status in _RETRIED_STATUS else None
+            return _Answer(reason=f"HTTP {status}", status=status, wait=wait)
+        length = response.headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            return _Answer(reason=f"{length} bytes, more than the limit of {limit}", status=status)
+        body = bytearray()
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > limit:
+                return _Answer(reason=f"more than the limit of {limit} bytes", status=status)
+        return _Answer(data=bytes(body), status=status)
+
+    async def _check_host(self, url: httpx.URL) -> None:
+        """Raises _Refused if any address of the host is not public."""
+        if self.options.allow_private_hosts:
+            return
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+        except socket.gaierror as error:
+            raise httpx.ConnectError(f"host {url.host} not found ({error.strerror})") from error
+        for *_, address in found:
+            _refuse_private(str(address[0]), url.host)
+
+    def _check_peer(self, response: httpx.Response) -> None:
+        """Raises _Refused if the connection's far end is not public: the name may have moved since it was
+        looked up.
+        """
+        stream = response.extensions.get("network_stream")
+        peer = stream.get_extra_info("server_addr") if stream is not None else None
+        if not self.options.allow_private_hosts and peer is not None:
+            _refuse_private(str(peer[0]), response.url.host)
+
+
+async def fetch_all(urls: Iterable[str], options: FetchOptions) -> AsyncIterator[Fetched]:
+    """Yields one `Fetched` for each of `urls`, in their order, fetching up to `options.concurrency` at a
+    time.
+    """
+    async with Fetcher(options) as fetcher:
+        async for fetched in in_order(urls, fetcher.fetch, 2 * options.concurrency):
+            yield fetched
+
+
+async def in_order(
+    items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], window: int
+) -> AsyncGenerator[Result, None]:
+    """Yields `await work(item)` in the order of `items`, with up to `window` items begun and not yet
+    yielded.
+    """
+    tasks: deque[asyncio.Future[Result]] = deque()
+    source = iter(items)
+    try:
+        while True:
+            while len(tasks) < window:
+                try:
+                    tasks.append(asyncio.ensure_future(work(next(source))))
+                except StopIteration:
+                    break
+            if not tasks:
+                return
+            yield await tasks.popleft()
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Of one attempt. wait: seconds to wait at least before the next attempt; None: another one is of no
+    use.
+    """
+
+    data: bytes | None = None
+    reason: str | None = None
+    status: int | None = None
+    wait: float | None = None
+
+
+class _Refused(Exception):
+    """The address is not one we go to; the message is the reason."""
+
+
+def _refuse_private(address: str, host: str) -> None:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(ip, "ipv4_mapped", None)
+    if not (mapped or ip).is_global or ip.is_multicast:
+        raise _Refused(
+            f"host {host} is at the private address {address}; --allow-private-hosts would fetch it"
+        )
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for (a number of seconds or a date), 0 if it does not say."""
+    if not value:
+        return 0.0
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_WAIT) if seconds == seconds else 0.0
+
+
+def _read_file(url: str, path: Path, max_bytes: int) -> Fetched:
+    try:
+        if not path.is_file():  # also pipes and devices, on which a read would hang
+            return Fetched(url, None, "is no file" if path.exists() else "no such file")
+        size = path.stat().st_size
+        if size > max_bytes:
+            return Fetched(url, None, f"{size} bytes, more than the limit of {max_bytes}")
+        return Fetched(url, path.read_bytes())
+    except (OSError, ValueError) as error:
+        return Fetched(url, None, f"cannot be read ({getattr(error, 'strerror', None) or error})")

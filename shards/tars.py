@@ -1,0 +1,154 @@
+"""WebDataset tars, written so that equal samples give equal bytes, and scanned for where everything lies.
+
+Written with the standard library's tarfile in its ustar form. webdataset's own TarWriter is not used: it
+sorts the members of a sample by name (the picture before the JSON, `10.jpg` before `2.jpg`) and importing it
+imports torch. That webdataset reads these tars is tested.
+
+In: samples (key, members). Out: a tar, its sha256, and the byte ranges of samples and members. Called by
+`build`, `index` and `verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from shards.format import BadInputError
+
+_BLOCK = 512
+_KEY = re.compile(
+    r"^((?:.*/|)[^.]+)[.]([^/]*)$"
+)  # webdataset's rule: the key ends at the base name's first dot
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in a tar. name: as in the tar. suffix: what follows the key and its dot. offset, length: of
+    the data.
+    """
+
+    name: str
+    suffix: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """The adjacent members that share a key. offset, length: first header to the end of the last one's
+    padding.
+    """
+
+    key: str
+    offset: int
+    length: int
+    members: tuple[Member, ...]
+
+
+class TarShard:
+    """A tar being written to `path`; `add` samples, then `close`. Until then the file is not a tar."""
+
+    def __init__(self, path: Path) -> None:
+        self.samples = 0
+        self._file = _HashedFile(path)
+        self._tar = tarfile.open(fileobj=cast(IO[bytes], self._file), mode="w", format=tarfile.USTAR_FORMAT)
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> TarSample:
+        """Writes KEY.SUFFIX for each (suffix, data); returns where they are."""
+        start = self._file.tell()
+        written = []
+        for suffix, data in members:
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size = len(data)
+            info.mode = 0o644
+            self._tar.addfile(
+                info
+            )  # the header alone; mtime, uid, gid 0 and no names, so nothing of here and now
+            written.append(Member(info.name, suffix, self._file.tell(), len(data)))
+            self._file.write(data)
+            self._file.write(bytes(-len(data) % _BLOCK))
+            self._tar.offset = self._file.tell()
+        self.samples += 1
+        return TarSample(key, start, self._file.tell() - start, tuple(written))
+
+    def close(self) -> str:
+        """Ends the tar, brings it to the disk, returns its sha256 in hex."""
+        self._tar.close()
+        return self._file.close()
+
+    def abandon(self) -> None:
+        """Closes the file as it is; the caller deletes it."""
+        self._file.close()
+
+
+def scan(stream: IO[bytes], name: str) -> Iterator[TarSample]:
+    """Yields the samples of an uncompressed tar in order. name: for messages.
+
+    Raises BadInputError at damage, and at two members of one sample with one name (webdataset would refuse
+    it).
+    """
+    open_key: str | None = None
+    found: list[tuple[Member, int, int]] = []
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # or it keeps every header it has seen
+                match = _KEY.match(info.name)
+                if not info.isreg() or match is None or os.path.basename(info.name).startswith("."):
+                    continue
+                key, suffix = match.group(1), match.group(2).lower()
+                if key != open_key:
+                    if open_key is not None:
+                        yield _sample(open_key, found)
+                    open_key, found = key, []
+                if any(member.suffix == suffix for member, *_ in found):
+                    raise BadInputError(f"{name}: sample {key!r} has two members .{suffix}")
+                end = info.offset_data + info.size + -info.size % _BLOCK
+                found.append((Member(info.name, suffix, info.offset_data, info.size), info.offset, end))
+            if open_key is not None:
+                yield _sample(open_key, found)
+            stream.seek(tar.offset)
+            if stream.read(_BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end of the tar
+                raise BadInputError(f"{name}: damaged header at byte {tar.offset}")
+    except (tarfile.TarError, EOFError) as error:
+        raise BadInputError(f"{name}: not a whole, uncompressed tar ({error})") from error
+
+
+def _sample(key: str, found: list[tuple[Member, int, int]]) -> TarSample:
+    start = found[0][1]
+    return TarSample(key, start, found[-1][2] - start, tuple(member for member, *_ in found))
+
+
+class _HashedFile:
+    """What tarfile needs of a file, with the sha256 of all that was written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")  # noqa: SIM115 (closed by close)
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._size += len(data)
+        return len(data)
+
+    def close(self) -> str:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return self._sha256.hexdigest()
