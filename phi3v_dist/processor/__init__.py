@@ -1,0 +1,1 @@
+"""Pictures and prompts -> what the model eats: `geometry` (pure), `image`, `prompt`, `tokenizer`, `processing`."""
