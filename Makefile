@@ -1,0 +1,32 @@
+# make demo   from nothing to a fine-tuned, exported tiny model      make check  lint, format, types, shell scripts
+# make test   the tests                                              make clean  removes what make made
+# PYTHON: the interpreter of a new venv.  PIP_ARGS: extra arguments for pip, such as the index of CPU or CUDA wheels.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: demo test check clean
+
+demo: $(READY)
+	$(BIN)/phi3v demo
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck $$(git ls-files '*.sh') .ci/run
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@

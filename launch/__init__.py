@@ -1,0 +1,1 @@
+"""Around the job: local, Slurm and Kubernetes launchers, checks before the start. No torch at import."""

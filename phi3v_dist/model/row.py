@@ -1,0 +1,53 @@
+"""The packed row: what one micro-batch is, from the collator to the model.
+
+Whole documents one after the other in one sequence of T positions, padded only at the end. Documents never
+attend to each other, and each one gets the LongRoPE factors of its own length. Made by `data.collate`, eaten by
+`Phi3VForCausalLM.forward(row=...)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row; every tensor on one device.
+
+    input_ids: int64 [T]; negative where an image token goes, in the order of the features. The padding at the
+        end is a document of its own (or there is none), so that cu_seqlens ends at T.
+    labels: int64 [T]; -100 outside assistant replies; not shifted. The last position of a document predicts
+        nothing: the first label of a document is always -100.
+    position_ids: int64 [T]; restart at 0 for each document.
+    cu_seqlens: int32 [documents + 1]; document d is positions cu_seqlens[d] .. cu_seqlens[d + 1] - 1.
+    tiles: uint8 [tiles, 3, S, S]; the tiles of all pictures, picture after picture, row-major within one.
+    grids: int64 [pictures, 2]; rows and columns of tiles of each picture; sum of rows * columns = tiles.
+    image_positions: int64 [image tokens]; where input_ids is negative, ascending.
+    vision_calls: calls of the vision tower that every rank makes for its row of this micro-step, at least 1;
+        the same number on all ranks, or ZeRO-3's collectives would not match.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    tiles: torch.Tensor
+    grids: torch.Tensor
+    image_positions: torch.Tensor
+    vision_calls: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
+        """The same row on `device`. cu_seqlens and grids stay on the CPU too where they are read as numbers."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+            for f in fields(self)
+            for value in [getattr(self, f.name)]
+        }
+        return PackedRow(**moved)
+
+    @property
+    def num_targets(self) -> int:
+        """Positions with a label."""
+        return int((self.labels != -100).sum())
