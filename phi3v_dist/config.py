@@ -1,0 +1,267 @@
+"""The configuration of a run: one typed tree, and the only place where defaults live.
+
+In: a YAML file and dotted overrides (`train.lr=1e-5`), `${oc.env:VAR}` allowed. Out: a frozen `RunConfig`.
+Unknown keys, ill-typed values and settings that contradict each other are refused in one line. Read once, by the
+command line; everything below it gets values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from shards.format import BadInputError
+
+Group = Literal["vision", "projector", "decoder"]
+
+
+class Section(BaseModel):
+    """A node of the tree: frozen, no keys but its own, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of full fine-tuning, for debugging on one GPU.
+
+    targets: groups whose linear layers get adapters.
+    """
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[Group] = ["decoder"]
+
+
+class ModelConfig(Section):
+    """What is trained.
+
+    path: a directory in the published layout (weights, config, tokenizer). Without it, `config` gives the
+    fields of a Phi3VConfig whose weights are drawn from the seed. tokenizer: a directory with tokenizer.json;
+    default `path`. Without both, one of `vocab_size` pieces is trained on the texts of the train split.
+    dtype: of the forward and backward pass; the optimizer always has float32 master weights.
+    vision_chunk: tiles and global views that pass the vision tower in one call.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    freeze: list[Group] = []
+    lora: LoraConfig | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    vision_chunk: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either model.path (a checkpoint directory) or model.config (a new model)")
+        return self
+
+
+class DataConfig(Section):
+    """What is trained on.
+
+    path: a dataset directory of `phi3v shards build`. seq_len: positions of a packed row. num_crops: most tiles
+    of a picture. over_long: what happens to samples longer than seq_len. workers: processes that decode, per
+    rank; 0 decodes in the training process. prefetch: rows ahead, per worker. max_bad_fraction: part of the
+    samples of an epoch that may be unreadable before the run stops with exit code 4.
+    """
+
+    path: str
+    train_split: str = "train"
+    val_split: str = "val"
+    seq_len: int = Field(131072, ge=16)
+    num_crops: int = Field(16, ge=1)
+    over_long: Literal["drop", "fail"] = "fail"
+    shuffle: bool = True
+    packing: bool = True
+    workers: int = Field(2, ge=0)
+    prefetch: int = Field(2, ge=1)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+
+
+class TrainConfig(Section):
+    """How it is trained.
+
+    Exactly one of `steps` and `epochs` ends the run. global_batch: packed rows of one optimizer step over all
+    ranks and accumulation steps; a rank accumulates global_batch / (data-parallel ranks) of them, so the curve
+    does not depend on the number of ranks. lr_scale: factor on lr per group. The schedule is linear warm-up,
+    then cosine down to min_lr_ratio * lr. grad_clip: largest global norm, 0 for none.
+    """
+
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    global_batch: int = Field(8, ge=1)
+    lr: float = Field(1e-5, gt=0)
+    lr_scale: dict[Group, float] = {}
+    warmup_steps: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: list[float] = [0.9, 0.95]
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, ge=0)
+    max_bad_steps: int = Field(3, ge=1)
+    """Optimizer steps in a row with a loss or gradient that is not finite before the run stops (exit code 4)."""
+
+    @model_validator(mode="after")
+    def _one_end(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("train.betas must be two numbers from 0 to below 1")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the work is spread. Sequence parallelism is not there yet: sp must be 1.
+
+    offload_optimizer: keep optimizer state in host memory. persistence_threshold: parameters with fewer
+    elements stay whole on every rank. timeout_s: seconds before a collective that waits for a lost rank fails.
+    """
+
+    sp: Literal[1] = 1
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    persistence_threshold: int = Field(100_000, ge=0)
+    timeout_s: float = Field(600.0, gt=0)
+
+
+class CheckpointConfig(Section):
+    """every_steps: optimizer steps between checkpoints (the last step always has one). keep_last: newest ones kept."""
+
+    every_steps: int = Field(500, ge=1)
+    keep_last: int = Field(2, ge=1)
+
+
+class EvalConfig(Section):
+    """Evaluation during training: loss on `loss_samples` of the val split and, every time, answers to the same
+    `generate_samples` of them. every_steps 0 evaluates only at the end.
+    """
+
+    every_steps: int = Field(500, ge=0)
+    loss_samples: int = Field(256, ge=1)
+    generate_samples: int = Field(16, ge=0)
+    max_new_tokens: int = Field(64, ge=1)
+    batch_size: int = Field(16, ge=1)
+
+
+class TrackConfig(Section):
+    """W&B. mode auto: online when WANDB_API_KEY is set, else offline. log_every: optimizer steps between lines."""
+
+    project: str = "phi3v"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    log_every: int = Field(10, ge=1)
+
+
+class RunConfig(Section):
+    """The whole tree. name: the run directory is runs_dir/name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_dir: str = "runs"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in `path` with dotted `key=value` overrides on top.
+
+    Raises BadInputError, one line that names the key: no such file, not YAML, unknown key (with the nearest
+    valid one), wrong type or value, an environment variable that is not set.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise BadInputError(f"{path}: no such config file; the recipes are in configs/")
+    for override in overrides:
+        if "=" not in override:
+            raise BadInputError(f"override {override!r} is not of the form key=value, such as train.lr=1e-5")
+    try:
+        tree = OmegaConf.load(file)
+        if not isinstance(tree, DictConfig):
+            raise BadInputError(f"{path}: holds no mapping of keys to values")
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        if isinstance(error, BadInputError):
+            raise
+        raise BadInputError(f"{path}: {' '.join(str(error).split())}") from error
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise BadInputError(f"{path}: {_first_fault(error)}") from error
+
+
+def config_json(config: RunConfig) -> str:
+    """The resolved tree as JSON, which is YAML too; what `config.yaml` of a run directory holds."""
+    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two dumped trees, sorted."""
+    flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
+    return sorted(key for key in {*flat_before, *flat_after} if flat_before.get(key) != flat_after.get(key))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _first_fault(error: ValidationError) -> str:
+    faults = error.errors(include_url=False)
+    fault = next((each for each in faults if each["type"] == "extra_forbidden"), faults[0])
+    path = [str(part) for part in fault["loc"]]
+    name = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _keys_at(path[:-1]), 1, 0.5)
+        hint = (
+            f"did you mean {'.'.join([*path[:-1], near[0]])}?"
+            if near
+            else f"valid here: {', '.join(_keys_at(path[:-1]))}"
+        )
+        return f"unknown key {name}; {hint}"
+    if fault["type"] == "missing":
+        return f"{name} is missing; it has no default"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return message
+    shown = "" if isinstance(fault["input"], dict) else f" (found {fault['input']!r})"
+    return f"{name}: {message[0].lower() + message[1:]}{shown}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    """The valid keys of the section at a dotted path."""
+    section: type[BaseModel] = RunConfig
+    for part in path:
+        field = section.model_fields.get(part)
+        candidates = [field.annotation, *get_args(field.annotation)] if field else []
+        inner = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return sorted(section.model_fields)
