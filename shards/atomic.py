@@ -1,12 +1,40 @@
 """Files that are whole or absent: written beside their place under a `.NAME.partial` name, then renamed.
 
-In: a path and bytes, or a finished partial file. Called by every file of this package that writes.
+In: a path and bytes, or a finished partial file. Called by every file of this package that writes. A whole
+directory is one process's at a time: `alone_in`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from shards.format import BadInputError
+
+
+@contextlib.contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """No other process is in this context for the directory `root` while it is open.
+
+    Raises BadInputError if one is. Some network file systems lock no directories: there, two at once are the
+    user's to avoid.
+    """
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise BadInputError(
+                    f"{root}: another process is writing here; wait for it or end it"
+                ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def partial_path(path: Path) -> Path:

@@ -5,8 +5,8 @@ first window without an index part; what is finished is not fetched again. The o
 
     build.json                      what is being built here: another source or other options are refused
     shard-000000.tar ...            numbered over the whole dataset, one split each
-    ledger/part-000000.jsonl ...    one line per row: outcome, reason; per image HTTP status, bytes, sha256,
-    size index/part-000000.parquet ...   one part per window
+    ledger/part-000000.jsonl ...    per row: outcome, reason; per image: HTTP status, bytes, sha256, size
+    index/part-000000.parquet ...   one part per window
     dataset.json                    written last: the dataset is complete
 
 In: a source (see `sources`), an output directory, `BuildOptions`. Out: `DatasetInfo`. Called by the command
@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -30,20 +27,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import partial_path, write_atomically
+from shards.atomic import alone_in, partial_path, write_atomically
 from shards.fetch import Fetcher, FetchOptions, in_order
 from shards.format import (
+    BUILD_JSON,
     DATASET_JSON,
     FORMAT_VERSION,
+    LEDGER_DIR,
     BadInputError,
     DatasetInfo,
     dataset_info_json,
     read_dataset_info,
 )
+from shards.prepare import Prepared, prepare
 from shards.sources import PRODUCT_ANSWER, PRODUCT_PROMPT, Recipe, Row, Source, open_source
-from shards.window import LEDGER_DIR, Prepared, Window, WindowWriter, committed_windows, prepare
-
-BUILD_JSON = "build.json"
+from shards.window import Window, WindowWriter, committed_windows
 
 _WRITER = 1  # raised when the same source and options would give other bytes than before
 _log = logging.getLogger(__name__)
@@ -116,7 +114,7 @@ def build(
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""
         raise BadInputError(
-            f"{out}: cannot write ({error.strerror or error}{place}); make room or choose another output directory"
+            f"{out}: cannot write ({error.strerror or error}{place}); make room or choose another --out"
         ) from error
 
 
@@ -139,16 +137,7 @@ def _check_options(options: BuildOptions, out: str) -> None:
 def _claim(root: Path, source: str, built_with: dict[str, Any], fingerprint: str) -> Iterator[None]:
     """Makes `root` the directory of this build, alone in it while the context is open."""
     root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                raise BadInputError(
-                    f"{root}: another build is writing here; wait for it or end it"
-                ) from error
-            # Some network file systems lock no directories: then two builds at once are the user's to avoid.
+    with alone_in(root):
         plan = {"fingerprint": fingerprint, "source": source, "built_with": built_with}
         record = root / BUILD_JSON
         if record.exists():
@@ -166,8 +155,6 @@ def _claim(root: Path, source: str, built_with: dict[str, Any], fingerprint: str
         else:
             write_atomically(record, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _difference(root: Path, found: dict[str, Any], plan: dict[str, Any]) -> str:
@@ -234,8 +221,8 @@ def _check_failures(
     reason = writer.reasons.most_common(1)[0][0]
     raise BadInputError(
         f"{source.name}: {failed} of the first {done + writer.window.rows} rows failed and only {allowed} of "
-        f"{source.num_rows} may (min_success {options.min_success:g}); most often: {reason}; every row's outcome is in "
-        f"{root / LEDGER_DIR}; mend the rows or the network and run again, or lower min_success"
+        f"{source.num_rows} may (min_success {options.min_success:g}); most often: {reason}; every row's "
+        f"outcome is in {root / LEDGER_DIR}; mend the rows or the network and run again, or lower min_success"
     )
 
 

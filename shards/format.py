@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 FORMAT_VERSION = 1
 DATASET_JSON = "dataset.json"
 INDEX_DIR = "index"
+LEDGER_DIR = "ledger"  # what became of every row of the source; for people, never read in training
+BUILD_JSON = "build.json"  # what a build that is under way was asked to make
 ROLES = ("system", "user", "assistant")
 
 # offset and length of a row: bytes of the sample's members in the tar, from the first header to the end of
@@ -113,15 +115,16 @@ def read_dataset_info(root: str) -> DatasetInfo:
         if not fs.exists(path):
             raise BadInputError(f"{root}: no such dataset directory; build one with `phi3v shards build`")
         raise BadInputError(
-            f"{root}: no {DATASET_JSON}, so the dataset is incomplete; run its `phi3v shards build` command again "
-            "(or `phi3v shards index` for tars from elsewhere)"
+            f"{root}: no {DATASET_JSON}, so the dataset is incomplete; run its `phi3v shards build` command "
+            "again (or `phi3v shards index` for tars from elsewhere)"
         )
     try:
         fields = json.loads(fs.cat_file(name))
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise BadInputError(
-                f"{name}: format version {version}, this program reads version {FORMAT_VERSION}; rebuild the shards"
+                f"{name}: format version {version}, this program reads version {FORMAT_VERSION}; "
+                "rebuild the shards"
             )
         fields["shards"] = tuple(ShardInfo(**shard) for shard in fields["shards"])
         return DatasetInfo(**fields)

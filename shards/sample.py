@@ -33,14 +33,11 @@ from shards.format import BadInputError
 
 TABLE = "products.csv"
 COLUMNS = ("product_code", "title", "category3_code", "full_price", "imageurl")
-DEFAULT_PORT = (
-    8731  # below the ports that systems hand out by themselves, so that a rerun finds it free again
-)
+# Below the ports that systems hand out by themselves, so that a rerun finds it free again.
+DEFAULT_PORT = 8731
 
 _MARK = "COMPLETE"
-_DRAWING = (
-    1  # raised when the drawing or the price rule changes: an older catalogue is then not taken for this one
-)
+_DRAWING = 1  # raised when the drawing or the price rule changes, so that no older catalogue is taken for it
 
 # Hundreds of the price for (Small, Large); the noun of the title.
 _CATEGORIES = {
@@ -127,16 +124,15 @@ def make_catalogue(out: Path, rows: int = 2000, seed: int = 0, base_url: str | N
             found = (out / _MARK).read_text() if (out / _MARK).exists() else "another program's table"
             if found != mark:
                 raise BadInputError(
-                    f"{out}: holds {found.strip()}, not {mark.strip()}; choose another folder or delete this one"
+                    f"{out}: holds {found.strip()}, not {mark.strip()}; choose another folder or delete it"
                 )
             if base_url is not None:
                 _point_table_at(out, base_url)
             return out / TABLE
         (out / "images").mkdir(parents=True, exist_ok=True)
         products = [_choose(row, seed) for row in range(rows)]
-        with ThreadPoolExecutor(
-            max_workers=2
-        ) as pool:  # Pillow draws and encodes outside the interpreter lock
+        # Threads: Pillow draws and encodes outside the interpreter lock.
+        with ThreadPoolExecutor(max_workers=2) as pool:
             names = list(pool.map(functools.partial(_draw_to_file, out / "images", seed), products))
         prefix = "" if base_url is None else base_url.rstrip("/") + "/"
         table = [

@@ -111,7 +111,7 @@ def open_source(source: str, recipe: Recipe) -> Source:
         raise BadInputError(f"{source}: not a readable {kind} file ({str(error).splitlines()[0]})") from error
     if num_rows == 0:
         raise BadInputError(f"{source}: no rows; nothing to build")
-    make = _row_maker(source, columns, recipe)
+    make = row_maker(source, columns, recipe)
     base = path.resolve().parent
 
     def rows(start: int) -> Iterator[Row]:
@@ -172,17 +172,24 @@ def _json_record(line: str) -> dict[str, Any] | str:
     return record if isinstance(record, dict) else f"JSON of type {type(record).__name__}, not an object"
 
 
-def _row(number: int, record: dict[str, Any] | str, make: _RowMaker, recipe: Recipe) -> Row:
-    """Makes the row of a record; every fault of the record ends in `Row.fault`."""
+def _row(number: int, record: dict[str, Any] | str, make: RowMaker, recipe: Recipe) -> Row:
     key = f"{number:08d}"
     if isinstance(record, str):
         return Row(number, key, fault=record)
-    try:
-        if recipe.key is not None:
+    if recipe.key is not None:
+        try:
             # The number keeps it unique; a dot would end the key for webdataset; ustar names have 100
             # characters.
             key += "-" + re.sub(r"[^A-Za-z0-9_-]", "_", _text(record, recipe.key))[:60]
-        group = None if recipe.group_by is None else _text(record, recipe.group_by)
+        except _RowFault as fault:
+            return Row(number, key, fault=str(fault))
+    return make_row(number, key, record, make, recipe.group_by)
+
+
+def make_row(number: int, key: str, record: Mapping[str, Any], make: RowMaker, group_by: str | None) -> Row:
+    """The row of a record; every fault of the record ends in `Row.fault`."""
+    try:
+        group = None if group_by is None else _text(record, group_by)
         images, messages, meta = make(record)
         check_messages(messages, len(images))
         return Row(number, key, tuple(images), messages, meta, group)
@@ -190,10 +197,10 @@ def _row(number: int, record: dict[str, Any] | str, make: _RowMaker, recipe: Rec
         return Row(number, key, fault=str(fault))
 
 
-_RowMaker = Callable[[Mapping[str, Any]], tuple[list[str], list[dict[str, str]], dict[str, Any]]]
+RowMaker = Callable[[Mapping[str, Any]], tuple[list[str], list[dict[str, str]], dict[str, Any]]]
 
 
-def _row_maker(source: str, columns: Sequence[str], recipe: Recipe) -> _RowMaker:
+def row_maker(source: str, columns: Sequence[str], recipe: Recipe) -> RowMaker:
     """The function from a record to (images, messages, meta) that fits the columns and the recipe."""
     for option, column in (("key", recipe.key), ("group_by", recipe.group_by)):
         if column is not None:
@@ -314,7 +321,7 @@ def _image_values(record: Mapping[str, Any], column: str) -> list[str]:
     if not values or not all(isinstance(item, str) and item.strip() for item in values):
         kinds = ", ".join(sorted({type(item).__name__ for item in values})) or "an empty list"
         raise _RowFault(f"column {column!r} holds no image path or URL (found: {kinds})")
-    return [item.strip() for item in values]
+    return [str(item).strip() for item in values]
 
 
 def _plain(value: Any) -> Any:

@@ -17,14 +17,13 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 from shards.format import BadInputError
 
 _BLOCK = 512
-_KEY = re.compile(
-    r"^((?:.*/|)[^.]+)[.]([^/]*)$"
-)  # webdataset's rule: the key ends at the base name's first dot
+# webdataset's rule: the key ends at the base name's first dot.
+_KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class TarShard:
     def __init__(self, path: Path) -> None:
         self.samples = 0
         self._file = _HashedFile(path)
-        self._tar = tarfile.open(fileobj=cast(IO[bytes], self._file), mode="w", format=tarfile.USTAR_FORMAT)
 
     @property
     def size(self) -> int:
@@ -72,19 +70,18 @@ class TarShard:
             info = tarfile.TarInfo(f"{key}.{suffix}")
             info.size = len(data)
             info.mode = 0o644
-            self._tar.addfile(
-                info
-            )  # the header alone; mtime, uid, gid 0 and no names, so nothing of here and now
+            # The header alone; mtime, uid, gid 0 and no names, so nothing of here and now.
+            self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
             written.append(Member(info.name, suffix, self._file.tell(), len(data)))
             self._file.write(data)
             self._file.write(bytes(-len(data) % _BLOCK))
-            self._tar.offset = self._file.tell()
         self.samples += 1
         return TarSample(key, start, self._file.tell() - start, tuple(written))
 
     def close(self) -> str:
         """Ends the tar, brings it to the disk, returns its sha256 in hex."""
-        self._tar.close()
+        end = self._file.tell() + 2 * _BLOCK
+        self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
         return self._file.close()
 
     def abandon(self) -> None:
@@ -102,7 +99,7 @@ def scan(stream: IO[bytes], name: str) -> Iterator[TarSample]:
     found: list[tuple[Member, int, int]] = []
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
-            for info in tar:
+            while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header it has seen
                 match = _KEY.match(info.name)
                 if not info.isreg() or match is None or os.path.basename(info.name).startswith("."):
@@ -131,10 +128,10 @@ def _sample(key: str, found: list[tuple[Member, int, int]]) -> TarSample:
 
 
 class _HashedFile:
-    """What tarfile needs of a file, with the sha256 of all that was written."""
+    """A file being written, its size so far, and the sha256 of all that was written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")  # noqa: SIM115 (closed by close)
+        self._file = path.open("wb")
         self._sha256 = hashlib.sha256()
         self._size = 0
 

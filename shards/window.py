@@ -9,12 +9,9 @@ In: `Row`s. Out: files in the dataset directory, and a `Window` that says what t
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.atomic import partial_path, publish, write_atomically
-from shards.fetch import Fetched, Fetcher
-from shards.format import INDEX_DIR, INDEX_SCHEMA, BadInputError, ShardInfo, sample_json
-from shards.images import ImageFacts, check_image
-from shards.sources import Row
+from shards.format import INDEX_DIR, INDEX_SCHEMA, LEDGER_DIR, ShardInfo, sample_json
+from shards.prepare import Prepared, index_row, ledger_entry, split_of
 from shards.tars import TarSample, TarShard
 
-LEDGER_DIR = "ledger"
 _WINDOW_KEY = b"phi3v_window"
 
 
@@ -44,51 +38,6 @@ class Window:
     @property
     def failed(self) -> int:
         return self.rows - self.samples.total()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image of a row. facts: None if it is no good image; sha256: in hex, None without bytes."""
-
-    name: str
-    fetched: Fetched
-    facts: ImageFacts | None
-    sha256: str | None
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A row with its images fetched and checked. fault: why it cannot be used, None if it can."""
-
-    row: Row
-    pictures: tuple[Picture, ...]
-    fault: str | None
-
-
-async def prepare(row: Row, base: Path, fetcher: Fetcher, max_pixels: int) -> Prepared:
-    """Fetches and checks the images of `row`; image paths start from `base`."""
-    if row.fault is not None:
-        return Prepared(row, (), row.fault)
-
-    async def picture(name: str) -> Picture:
-        fetched = await fetcher.fetch(name if "://" in name else str(base / name))
-        if fetched.data is None:
-            return Picture(name, fetched, None, None, fetched.reason)
-        facts, sha256, reason = await asyncio.to_thread(_check, fetched.data, max_pixels)
-        return Picture(name, fetched, facts, sha256, reason)
-
-    pictures = tuple(await asyncio.gather(*(picture(name) for name in row.images)))
-    faults = [each.reason for each in pictures if each.reason is not None]
-    return Prepared(row, pictures, faults[0] if faults else None)
-
-
-def _check(data: bytes, max_pixels: int) -> tuple[ImageFacts | None, str, str | None]:
-    sha256 = hashlib.sha256(data).hexdigest()
-    try:
-        return check_image(data, max_pixels), sha256, None
-    except BadInputError as error:
-        return None, sha256, str(error)
 
 
 class WindowWriter:
@@ -113,13 +62,13 @@ class WindowWriter:
         self.window.rows += 1
         split = shard = None
         if item.fault is None:
-            split = _split_of(item, self._val_fraction)
+            split = split_of(item, self._val_fraction)
             shard, sample = self._write(split, item)
-            self._index.append(_index_row(item, split, shard, sample))
+            self._index.append(index_row(item, split, shard, sample, sample.members[1:]))
             self.window.samples[split] += 1
         else:
             self.reasons[item.fault] += 1
-        self._ledger.write(json.dumps(_ledger_entry(item, split, shard), ensure_ascii=False) + "\n")
+        self._ledger.write(json.dumps(ledger_entry(item, split, shard), ensure_ascii=False) + "\n")
 
     def commit(self) -> Window:
         for split in list(self._open):
@@ -187,64 +136,6 @@ def committed_windows(root: Path) -> list[Window]:
             if path not in kept:
                 path.unlink()
     return windows
-
-
-def _index_row(item: Prepared, split: str, shard: str, sample: TarSample) -> dict[str, Any]:
-    images = [
-        {
-            "member": member.name,
-            "offset": member.offset,
-            "length": member.length,
-            "width": picture.facts.width,
-            "height": picture.facts.height,
-        }
-        for member, picture in zip(sample.members[1:], item.pictures, strict=True)
-        if picture.facts is not None
-    ]
-    return {
-        "key": sample.key,
-        "split": split,
-        "shard": shard,
-        "offset": sample.offset,
-        "length": sample.length,
-        "images": images,
-        "messages": item.row.messages,
-        "meta": json.dumps(item.row.meta, ensure_ascii=False),
-    }
-
-
-def _ledger_entry(item: Prepared, split: str | None, shard: str | None) -> dict[str, Any]:
-    images = [
-        {
-            "image": picture.name,
-            "http_status": picture.fetched.http_status,
-            "bytes": None if picture.fetched.data is None else len(picture.fetched.data),
-            "sha256": picture.sha256,
-            "width": picture.facts.width if picture.facts else None,
-            "height": picture.facts.height if picture.facts else None,
-            "reason": picture.reason,
-        }
-        for picture in item.pictures
-    ]
-    outcome = "ok" if item.fault is None else "failed"
-    return {
-        "row": item.row.number,
-        "key": item.row.key,
-        "outcome": outcome,
-        "reason": item.fault,
-        "split": split,
-        "shard": shard,
-        "images": images,
-    }
-
-
-def _split_of(item: Prepared, val_fraction: float) -> str:
-    """By hash of the group: that of the row, else its images, else (a sample of text alone) its messages."""
-    group = item.row.group
-    if group is None:
-        group = " ".join(each.sha256 or "" for each in item.pictures) or json.dumps(item.row.messages)
-    number = int.from_bytes(hashlib.sha256(f"split {group}".encode()).digest()[:8], "big")
-    return "val" if number < val_fraction * 2**64 else "train"
 
 
 def _index_part(root: Path, number: int) -> Path:

@@ -1,0 +1,223 @@
+"""`phi3v shards sample | build | index | verify | inspect`: images and prompts into WebDataset shards.
+
+Each command is thin: it turns flags into options, calls its room of `shards`, prints what came of it. Faults
+of the user's input leave here as BadInputError; `launch.cli` makes them exit code 2 and one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Images and prompts into WebDataset tar shards with an index.")
+
+_PLAIN_LINE_EVERY = 5.0  # seconds, where the output is no terminal
+
+SourceArg = Annotated[str, typer.Argument(help="A .csv, .tsv, .jsonl or .parquet file.")]
+ImagesOption = Annotated[
+    list[str] | None, typer.Option("--images", help="Column with image paths or URLs; repeat it for several.")
+]
+PromptOption = Annotated[str | None, typer.Option(help="Template of the question; {column} is filled in.")]
+AnswerOption = Annotated[str | None, typer.Option(help="Template of the reply; {column} is filled in.")]
+GroupOption = Annotated[
+    str | None, typer.Option("--group-by", help="Column whose equal values stay in one split (default: image hash).")
+]
+ValOption = Annotated[float, typer.Option(help="Part of the groups that becomes the val split.")]
+SuccessOption = Annotated[float, typer.Option(help="Part of the rows that must be usable.")]
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option(help="Folder of the catalogue.")] = Path("data/catalogue"),
+    rows: Annotated[int, typer.Option(help="Number of products.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Equal seeds, equal bytes.")] = 0,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve it over HTTP on loopback until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port of --serve; 0: that of the last time, or any.")] = 0,
+) -> None:
+    """Draws a product catalogue (CSV and pictures) to try everything on."""
+    from shards.sample import make_catalogue, serve_catalogue
+
+    table = make_catalogue(out, rows, seed)
+    typer.echo(f"{table}: {rows} products")
+    if serve:
+        with serve_catalogue(out, port) as url, contextlib.suppress(KeyboardInterrupt):
+            typer.echo(
+                f"serving {out} at {url} until Ctrl-C; build with: phi3v shards build {table} --out DIR"
+            )
+            while True:
+                time.sleep(3600)
+
+
+@app.command()
+def build(
+    source: SourceArg,
+    out: Annotated[str, typer.Option(help="Directory of the dataset.")],
+    images: ImagesOption = None,
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    key: Annotated[str | None, typer.Option(help="Column whose value is put into the samples' keys.")] = None,
+    group_by: GroupOption = None,
+    val_fraction: ValOption = 0.1,
+    shard_samples: Annotated[int, typer.Option(help="Most samples of a shard.")] = 1000,
+    shard_mb: Annotated[int, typer.Option(help="Most megabytes (2^20 bytes) of a shard.")] = 256,
+    min_success: SuccessOption = 0.95,
+    allow_private_hosts: Annotated[
+        bool, typer.Option("--allow-private-hosts", help="Also fetch from private and loopback addresses.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(help="Fetches at a time.")] = 32,
+    per_host: Annotated[int, typer.Option(help="Of them at one host.")] = 16,
+    retries: Annotated[int, typer.Option(help="After failures that may pass.")] = 3,
+    serve_dir: Annotated[
+        Path | None,
+        typer.Option(help="Serve this catalogue of `shards sample` on loopback meanwhile (and allow it)."),
+    ] = None,
+) -> None:
+    """Fetches and checks the images of SOURCE and writes shards; run it again to go on where it stopped."""
+    from shards.build import BuildOptions
+    from shards.build import build as build_shards
+    from shards.sample import serve_catalogue
+
+    options = BuildOptions(
+        images=tuple(images or ()),
+        prompt=prompt,
+        answer=answer,
+        key=key,
+        group_by=group_by,
+        val_fraction=val_fraction,
+        shard_samples=shard_samples,
+        shard_bytes=shard_mb * 2**20,
+        min_success=min_success,
+        allow_private_hosts=allow_private_hosts or serve_dir is not None,
+        concurrency=concurrency,
+        per_host=per_host,
+        retries=retries,
+    )
+    serving = contextlib.nullcontext() if serve_dir is None else serve_catalogue(serve_dir)
+    with serving, _progress("rows") as progress:
+        info = build_shards(source, out, options, progress)
+    typer.echo(f"{out}: {info.num_samples} samples in {len(info.shards)} shards, {_splits(info.splits)}")
+
+
+@app.command()
+def index(
+    directory: Annotated[str, typer.Argument(help="Directory of .tar files in WebDataset form.")],
+    images: Annotated[
+        list[str] | None, typer.Option("--images", help="Suffix of the image members; repeat it for several.")
+    ] = None,
+    prompt: PromptOption = None,
+    answer: AnswerOption = None,
+    group_by: GroupOption = None,
+    val_fraction: ValOption = 0.1,
+    min_success: SuccessOption = 0.95,
+) -> None:
+    """Makes index and dataset.json for tars that someone else wrote; the tars stay as they are."""
+    from shards.index import IndexOptions, build_index
+
+    options = IndexOptions(
+        images=tuple(images or ()),
+        prompt=prompt,
+        answer=answer,
+        group_by=group_by,
+        val_fraction=val_fraction,
+        min_success=min_success,
+    )
+    with _progress("bytes") as progress:
+        info = build_index(directory, options, progress)
+    typer.echo(
+        f"{directory}: {info.num_samples} samples in {len(info.shards)} shards, {_splits(info.splits)}"
+    )
+
+
+@app.command()
+def verify(
+    directory: Annotated[str, typer.Argument(help="A dataset directory.")],
+    decode: Annotated[float, typer.Option(help="Part of the images to decode, 0 to 1.")] = 0.01,
+    full: Annotated[bool, typer.Option("--full", help="Decode every image.")] = False,
+) -> None:
+    """Checks checksums, tars, index, messages and images; exit code 4 if anything is wrong."""
+    from phi3v_dist.exits import DIVERGED
+    from shards.verify import verify as verify_dataset
+
+    with _progress("bytes") as progress:
+        report = verify_dataset(directory, 1.0 if full else decode, progress)
+    for fault in report.faults:
+        typer.echo(fault)
+    what = f"{report.shards} shards, {report.samples} samples, {report.images} images "
+    what += f"({report.images_decoded} decoded)"
+    if report.num_faults:
+        typer.echo(f"{directory}: {report.num_faults} faults in {what}")
+        raise typer.Exit(DIVERGED)
+    typer.echo(f"{directory}: good: {what}")
+
+
+@app.command()
+def inspect(directory: Annotated[str, typer.Argument(help="A dataset directory.")]) -> None:
+    """Prints counts, image sizes, text lengths, duplicates and failed rows."""
+    from shards.inspect import Spread
+    from shards.inspect import inspect as inspect_dataset
+
+    found = inspect_dataset(directory)
+    typer.echo(f"{directory}: {found.info.num_samples} samples, {_splits(found.info.splits)}")
+    typer.echo(f"from {found.info.source}, {len(found.info.shards)} shards, {found.shard_bytes / 1e6:.1f} MB")
+    typer.echo(f"{'':24}{'least':>10}{'median':>10}{'95 %':>10}{'most':>10}")
+
+    def line(name: str, spread: Spread) -> None:
+        numbers = (spread.smallest, spread.median, spread.percentile_95, spread.largest)
+        typer.echo(f"{name:24}" + "".join(f"{number:>10g}" for number in numbers))
+
+    line("image width, px", found.width)
+    line("image height, px", found.height)
+    line("image size, bytes", found.image_bytes)
+    line("prompt, characters", found.prompt_chars)
+    line("reply, characters", found.reply_chars)
+    line("turns", found.turns)
+    typer.echo(
+        "images per sample: " + ", ".join(f"{n}: {count}" for n, count in found.images_per_sample.items())
+    )
+    typer.echo("image formats: " + ", ".join(f"{name} {count}" for name, count in found.formats.items()))
+    copies = sum(len(group) - 1 for group in found.duplicate_images)
+    typer.echo(f"duplicate images: {copies} copies in {len(found.duplicate_images)} groups")
+    if found.cross_split:
+        typer.echo(f"WARNING: {found.cross_split} of these groups are in more than one split")
+    typer.echo(f"samples whose messages all came before: {found.repeated_texts}")
+    for reply, count in found.commonest_replies:
+        typer.echo(f"  reply {count} times: {reply[:80]!r}")
+    for reason, count in found.failed.items():
+        typer.echo(f"  failed {count} times: {reason}")
+
+
+def _splits(splits: dict[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in splits.items())
+
+
+@contextlib.contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives progress(done, total): a bar on a terminal, else a line every few seconds, on stderr."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(unit, *columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(unit, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started = time.monotonic()
+    printed = started
+
+    def line(done: int, total: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if now - printed >= _PLAIN_LINE_EVERY or (done == total and printed > started):
+            printed = now
+            print(f"{done}/{total} {unit}, {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    yield line
