@@ -1,0 +1,108 @@
+"""`phi3v launch local`: the run of one config on this machine, on its GPUs or on CPU processes.
+
+In: config path, overrides, number of processes. Out: an exit code of phi3v_dist.exits. Nothing is left
+running, whichever way it ends. Called by the command line and the demo.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from launch.node import run_node
+from launch.watch import PARENT_VARIABLE
+from phi3v_dist.config import load_config
+from shards.format import BadInputError
+
+CPU_PROCESSES = 2
+GRACE_S = 120.0
+_TRAIN = ("-m", "launch.rank", "train")
+
+
+def launch_local(
+    config_path: str, overrides: Sequence[str], processes: int | None = None, debug: bool = False
+) -> int:
+    """Trains on this machine; returns the exit code.
+
+    processes: ranks to start; default one per visible GPU, else 2 on CPU (fewer on fewer cores). debug: one
+    process, no torchrun, standard input connected, so that `breakpoint()` works. Raises BadInputError: config
+    not usable, more processes than GPUs.
+    """
+    config = load_config(config_path, overrides)
+    gpus = visible_gpus()
+    if processes is not None and processes < 1:
+        raise BadInputError(f"{processes} processes: at least one is needed")
+    if gpus and processes is not None and processes > gpus:
+        raise BadInputError(
+            f"{processes} processes asked for, but {gpus} GPU(s) are visible; ask for at most {gpus}"
+        )
+    count = 1 if debug else processes or gpus or min(CPU_PROCESSES, cores())
+    environment = local_environment(count, on_gpu=gpus > 0)
+    train = [*_TRAIN, config_path, *overrides]
+    if debug:
+        return _run_in_foreground(train, environment)
+    options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(count)]
+    return run_node(options, train, config.run_dir, environment, GRACE_S)
+
+
+def visible_gpus() -> int:
+    """GPUs this process may use: those of CUDA_VISIBLE_DEVICES if set, else all that the driver lists."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    present = sum(line.startswith("GPU ") for line in listed.splitlines())
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return present
+    return sum(bool(name.strip()) and name.strip() != "-1" for name in chosen.split(","))
+
+
+def cores() -> int:
+    """CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def local_environment(processes: int, on_gpu: bool) -> dict[str, str]:
+    """Variables of the ranks. What the user has set stays as it is."""
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+    if not on_gpu:
+        defaults["DS_ACCELERATOR"] = "cpu"
+    return {name: value for name, value in defaults.items() if name not in os.environ}
+
+
+def _run_in_foreground(command: Sequence[str], environment: dict[str, str]) -> int:
+    """One rank that shares this terminal. Ctrl-C reaches it directly; here it is only waited for."""
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "PYTHONSAFEPATH": "1",
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        child = subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, **environment, **rank},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return code if code >= 0 else 128 - code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
