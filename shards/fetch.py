@@ -101,13 +101,17 @@ class Fetcher:
 
     async def fetch(self, url: str) -> Fetched:
         """The bytes of one URL or path, or the reason why there are none. Raises nothing but cancellation."""
-        scheme = urllib.parse.urlsplit(url).scheme.lower() if "://" in url else ""
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else "")
+        except ValueError as error:
+            return Fetched(url, None, f"bad URL ({error})")
+        scheme = parts.scheme.lower()
         if scheme in ("", "file"):
-            path = urllib.parse.unquote(urllib.parse.urlsplit(url).path) if scheme else url
+            path = urllib.parse.unquote(parts.path) if scheme else url
             return await asyncio.to_thread(_read_file, url, Path(path), self.options.max_bytes)
         if scheme not in ("http", "https"):
             return Fetched(url, None, f"scheme {scheme}:// is not supported; use http, https, file or a path")
-        host = urllib.parse.urlsplit(url).netloc.rpartition("@")[2].lower()
+        host = parts.netloc.rpartition("@")[2].lower()
         slots = self._host_slots.setdefault(host, asyncio.Semaphore(self.options.per_host))
         for attempt in range(1, self.options.retries + 2):
             async with slots, self._slots:

@@ -117,7 +117,7 @@ def scan(stream: IO[bytes], name: str) -> Iterator[TarSample]:
                 yield _sample(open_key, found)
             stream.seek(tar.offset)
             if stream.read(_BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end of the tar
-                raise BadInputError(f"{name}: damaged header at byte {tar.offset}")
+                raise BadInputError(f"{name}: damaged or cut header at byte {tar.offset}")
     except (tarfile.TarError, EOFError) as error:
         raise BadInputError(f"{name}: not a whole, uncompressed tar ({error})") from error
 
