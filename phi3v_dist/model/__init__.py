@@ -1,0 +1,15 @@
+"""The native Phi-3-V: `configuration`, `modeling` and its parts, `hub` (checkpoints), `row` (the packed row).
+
+Importing it makes AutoConfig and AutoModelForCausalLM know model_type `phi3_v`.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.modeling import Phi3VForCausalLM
+from phi3v_dist.model.row import PackedRow
+
+AutoConfig.register(Phi3VConfig.model_type, Phi3VConfig, exist_ok=True)
+AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+
+__all__ = ["PackedRow", "Phi3VConfig", "Phi3VForCausalLM"]

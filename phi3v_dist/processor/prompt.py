@@ -36,6 +36,11 @@ def render(messages: Sequence[dict[str, str]], add_generation_prompt: bool = Fal
     return text
 
 
+def image_tags(text: str) -> list[int]:
+    """The K of every <|image_K|>, in order of appearance."""
+    return [int(k) for k in _TAG.findall(text)]
+
+
 def encode_text(tokenizer: Any, text: str, image_tokens: Sequence[int]) -> list[int]:
     """Ids of a rendered text with image K as image_tokens[K - 1] copies of -K.
 
@@ -71,7 +76,9 @@ def encode(
     for place, message in enumerate(messages):
         for token in ("<|assistant|>", "<|user|>", "<|system|>", "<|end|>"):
             if token in message["content"]:
-                raise BadInputError(f"message {place} holds the control token {token}; remove it from the text")
+                raise BadInputError(
+                    f"message {place} holds the control token {token}; remove it from the text"
+                )
     ids = encode_text(tokenizer, render(messages, add_generation_prompt), image_tokens)
     assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     end = tokenizer.convert_tokens_to_ids("<|end|>")

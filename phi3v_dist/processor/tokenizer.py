@@ -55,8 +55,16 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     known = tokenizer.get_vocab()
     for token in ("<|user|>", "<|assistant|>", "<|end|>"):
         if token not in known:
-            raise BadInputError(f"{file}: no token {token}, so this is not Phi-3's tokenizer; use the model's own")
+            raise BadInputError(
+                f"{file}: no token {token}, so this is not Phi-3's tokenizer; use the model's own"
+            )
     return tokenizer
+
+
+def copy_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Writes tokenizer.json and its two configs to `directory`."""
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    save_tokenizer_config(directory)
 
 
 def save_tokenizer_config(directory: Path) -> None:
@@ -97,7 +105,9 @@ def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> N
     )
     trainer = BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(t, rstrip=r, special=True, normalized=False) for t, r in _TINY_TOKENS.items()],
+        special_tokens=[
+            AddedToken(t, rstrip=r, special=True, normalized=False) for t, r in _TINY_TOKENS.items()
+        ],
         show_progress=False,
     )
     tokenizer.train_from_iterator(sorted(set(texts)), trainer)

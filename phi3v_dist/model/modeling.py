@@ -1,0 +1,345 @@
+"""Phi-3-Vision as a transformers model: one set of weights, two ways in.
+
+Published convention: `input_ids` [B, T] with negative ids where image vectors go, `pixel_values`, `image_sizes`,
+`attention_mask`, as the published processor makes them; rules of the published code to the letter (one short/long
+RoPE decision per forward, padding counted). Packed row: `row=PackedRow`, every document as if it were alone, out
+comes the sum of its negative log likelihoods. Decoder layers and CLIP are transformers' own; RoPE, attention and
+vision layout are this package's. Tensor names are those of the published checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
+
+from phi3v_dist.model.attention import (
+    NAME,
+    Layout,
+    block_mask,
+    causal_mask,
+    make_layout,
+    padded_layout,
+)
+from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.rope import LongRope
+from phi3v_dist.model.row import PackedRow
+from phi3v_dist.model.vision import VisionEmbedding
+from phi3v_dist.processor.geometry import vision_calls_needed
+from shards.format import BadInputError
+
+IGNORE = -100
+PUBLISHED_VOCAB = 32064
+
+
+class LossHead(nn.Linear):
+    """lm_head: logits, or the loss of targets without ever holding all logits.
+
+    The loss is computed inside this module's forward, so that ZeRO-3 has the weight gathered.
+    """
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [..., H] -> logits [..., V]; with targets int64 [N] and hidden [N, H]: float32 sum of the NLL."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13).
+        options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
+        return (
+            F.linear_cross_entropy(hidden, self.weight, targets, reduction="none", options=options)
+            .float()
+            .sum()
+        )
+
+
+class Phi3VModel(nn.Module):
+    """Embedding, vision, decoder layers, final norm; the names under `model.` of the checkpoint."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.vision_embed_tokens = VisionEmbedding(config)
+        self.layers = nn.ModuleList([Phi3DecoderLayer(config, n) for n in range(config.num_hidden_layers)])
+        self.norm = Phi3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rope = LongRope(config)
+
+    def embed(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, vectors: torch.Tensor | None
+    ) -> torch.Tensor:
+        """input_ids [N], image `vectors` at `positions` (int64, flat) -> [N, H]; negative ids read row 0."""
+        embeddings = self.embed_tokens(input_ids.clamp(min=0))
+        if vectors is None:
+            return embeddings
+        if not len(positions):  # the blank view of a row without pictures: connected, without effect
+            return embeddings + 0.0 * vectors.sum()
+        return embeddings.index_put((positions,), vectors.to(embeddings.dtype))
+
+    def decode(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], **attention: Any
+    ) -> torch.Tensor:
+        """Decoder layers and final norm over [B, T, H]; `attention`: what the attention function needs."""
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=rotation, **attention)
+        return self.norm(hidden)
+
+
+class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
+    """The model. `vision_chunk`: most views in one call of the vision tower."""
+
+    config_class = Phi3VConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        if config._attn_implementation != "eager":
+            config._attn_implementation = NAME
+        super().__init__(config)
+        self.model = Phi3VModel(config)
+        self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
+        self.vision_chunk = 64
+        self.post_init()
+        _stop_at_turns(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; dead tensors frozen, and generation stops at <|end|> whatever the directory says."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.model.vision_embed_tokens.img_processor.vision_model.freeze_dead()  # loading unfreezes them
+        _stop_at_turns(model)
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VisionEmbedding):
+            init.zeros_(module.glb_GN)
+            init.zeros_(module.sub_GN)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        row: PackedRow | None = None,
+        return_logits: bool = False,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast | torch.Tensor | tuple:
+        """Published convention, or a packed row; nothing the caller passes is modified.
+
+        input_ids: int64 [B, T], image positions negative, row-major in the order of the pictures. attention_mask:
+        [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised, global view first.
+        image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels: int64 [B, T], -100 ignored;
+        the loss is the mean over the others. Returns CausalLMOutputWithPast with float32 logits.
+
+        row: the packed way; every other tensor is in it. Returns the float32 sum of the negative log likelihoods of
+        its targets, or float32 logits [T, V] with `return_logits`.
+        """
+        if row is not None:
+            return self._forward_row(row, return_logits)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds (or a packed row)")
+        embeddings = (
+            self._embed_batch(input_ids, pixel_values, image_sizes)
+            if inputs_embeds is None
+            else inputs_embeds
+        )
+        assert embeddings is not None
+        length = embeddings.shape[1]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=embeddings.device)[None]
+        if past:
+            self._refuse_mixed_factors(position_ids, length)
+        rotation = self.model.rope.batch(position_ids, embeddings.dtype)
+        hidden = self.model.decode(
+            embeddings,
+            rotation,
+            past_key_values=past_key_values if use_cache or past else None,
+            use_cache=use_cache,
+            **self._batch_attention(embeddings, attention_mask, past),
+        )
+        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        logits = self.lm_head(kept).float()
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        cache = past_key_values if use_cache else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def _forward_row(self, row: PackedRow, return_logits: bool) -> torch.Tensor:
+        vision = self.model.vision_embed_tokens
+        vectors = vision(row.tiles, None, row.grids, row.vision_calls)
+        if len(row.image_positions) != (len(vectors) if len(row.grids) else 0):
+            raise BadInputError(
+                f"row: {len(row.image_positions)} image positions for pictures of {len(vectors)} tokens; "
+                "input_ids and grids disagree"
+            )
+        embeddings = self.model.embed(row.input_ids, row.image_positions, vectors)[None]
+        rotation = self.model.rope.packed(row.position_ids, row.cu_seqlens, embeddings.dtype)
+        attention: dict[str, Any] = {"layout": make_layout(row.cu_seqlens)}
+        if self.config._attn_implementation == "eager":
+            attention = {"attention_mask": _additive(block_mask(row.cu_seqlens), embeddings.dtype)}
+        hidden = self.model.decode(embeddings, rotation, **attention)[0]
+        if return_logits:
+            return self.lm_head(hidden).float()
+        targets = F.pad(row.labels[1:], (0, 1), value=IGNORE)
+        targets[(row.cu_seqlens[1:] - 1).clamp(min=0).long()] = (
+            IGNORE  # the last of a document predicts nothing
+        )
+        chosen = (targets != IGNORE).nonzero()[:, 0]
+        if not len(chosen):  # lm_head takes part on every rank, whatever its row
+            return self.lm_head(hidden[:1], targets.new_zeros(1)) * 0.0
+        return self.lm_head(hidden.index_select(0, chosen), targets.index_select(0, chosen))
+
+    def _embed_batch(
+        self,
+        input_ids: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert input_ids is not None
+        flat = input_ids.flatten()
+        positions = (flat < 0).nonzero()[:, 0]
+        vectors = None
+        if pixel_values is None and len(positions):
+            raise BadInputError(
+                f"input_ids has {len(positions)} image positions but there are no pixel_values; pass the processor's"
+            )
+        if pixel_values is not None:
+            if not len(positions):
+                raise BadInputError(
+                    "pixel_values are given but input_ids has no image position, so the pictures would be ignored; "
+                    "use Phi3VProcessor for the prompt, with <|image_1|> in its text"
+                )
+            vectors = self._image_vectors(pixel_values, image_sizes)
+            if len(vectors) != len(positions):
+                raise BadInputError(
+                    f"input_ids has {len(positions)} image positions but the pictures have {len(vectors)} tokens; "
+                    "input_ids, pixel_values and image_sizes must come from one processor call"
+                )
+        return self.model.embed(flat, positions, vectors).view(*input_ids.shape, -1)
+
+    def _image_vectors(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
+        vision = self.model.vision_embed_tokens
+        if image_sizes is None:
+            raise BadInputError("pixel_values need image_sizes, the (height, width) of each picture's canvas")
+        side = vision.tile
+        if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != (3, side, side):
+            raise BadInputError(
+                f"pixel_values has shape {list(pixel_values.shape)}, expected [pictures, views, 3, {side}, {side}]"
+            )
+        sizes = image_sizes.reshape(-1, 2)
+        grids = sizes.to("cpu", torch.int64) // side
+        counts = grids.prod(1).tolist()
+        if len(counts) != len(pixel_values) or max(counts, default=0) >= pixel_values.shape[1]:
+            raise BadInputError(
+                f"image_sizes {sizes.tolist()} do not fit pixel_values of {len(pixel_values)} picture(s) with "
+                f"{pixel_values.shape[1] - 1} tile(s) at most"
+            )
+        tiles = torch.cat([views[1 : 1 + n] for views, n in zip(pixel_values, counts, strict=True)])
+        calls = vision_calls_needed(len(tiles), len(counts), self.vision_chunk)
+        return vision(tiles, pixel_values[:, 0], grids, calls)
+
+    def _batch_attention(
+        self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None, past: int
+    ) -> dict[str, Any]:
+        batch, length = embeddings.shape[:2]
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.ndim} dimensions, expected [batch, positions]"
+            )
+        if self.config._attn_implementation == "eager":
+            if attention_mask is None:
+                attention_mask = torch.ones(batch, past + length, device=embeddings.device)
+            mask = causal_mask(attention_mask[:, : past + length], length)
+            return {"attention_mask": _additive(mask, embeddings.dtype)}
+        if past:
+            return {"attention_mask": attention_mask}
+        layout: Layout
+        if attention_mask is None:
+            layout = make_layout(torch.arange(batch + 1, device=embeddings.device) * length)
+        else:
+            layout = padded_layout(attention_mask)
+        return {"layout": layout}
+
+    def _refuse_mixed_factors(self, position_ids: torch.Tensor, length: int) -> None:
+        longest, limit = int(position_ids.max()) + 1, self.config.original_max_position_embeddings
+        if longest - length <= limit < longest:
+            raise BadInputError(
+                f"position {longest - 1} needs the long RoPE factors but the cache was filled with the short ones "
+                f"(up to {limit} positions); run the whole sequence again without a cache (generate() does)"
+            )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """One step's inputs; pictures only where their tokens are, and a new cache where the factors switch."""
+        pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        if past and self._switches_factors(past, input_ids.shape[1], kwargs.get("attention_mask")):
+            kwargs.update(past_key_values=DynamicCache(), next_sequence_length=None)
+            past = 0
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not past:
+            inputs.update({name: value for name, value in pictures.items() if value is not None})
+        return inputs
+
+    def _switches_factors(self, past: int, total: int, attention_mask: torch.Tensor | None) -> bool:
+        limit = self.config.original_max_position_embeddings
+        if total <= limit:
+            return False
+        if attention_mask is None:
+            return past <= limit < total
+        before, after = (int(attention_mask[:, :n].sum(1).max()) for n in (past, total))
+        return before <= limit < after
+
+
+def _stop_at_turns(model: Phi3VForCausalLM) -> None:
+    """The published configs stop at </s>, which never comes: turns end with <|end|> (32007) or <|endoftext|>."""
+    if model.config.vocab_size == PUBLISHED_VOCAB and model.generation_config.eos_token_id in (None, 2, [2]):
+        model.generation_config.eos_token_id = [32007, 32000]
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bool mask, True = attend, as the number added to scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

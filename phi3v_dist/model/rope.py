@@ -1,0 +1,72 @@
+"""LongRoPE ("su"): cos and sin of positions, with short or long factors.
+
+Two rules choose the factors. Published: one decision a forward, long if the largest position of the whole batch
+(padding counted) is past `original_max_position_embeddings`. Packed row: one decision a document, by its own
+length. Frequencies are made in float32 from the config's numbers at the first forward and are no buffers, so
+that no cast of the model (`.to`, zero.Init, meta device) can touch them: in bf16 they would be off by radians.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from phi3v_dist.model.configuration import Phi3VConfig
+
+
+class LongRope:
+    """cos and sin for the decoder's rotary embedding; state is a cache of frequencies per device."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.theta = float(config.rope_theta)
+        self.original_max = config.original_max_position_embeddings
+        scaling = config.rope_scaling
+        self._factors = (scaling["short_factor"], scaling["long_factor"]) if scaling else None
+        stretch = config.max_position_embeddings / self.original_max
+        # On cos and sin, in the short regime too: sqrt(1 + ln(131072 / 4096) / ln(4096)) for the published model.
+        scaled = self._factors is not None and stretch > 1
+        self.scale = math.sqrt(1 + math.log(stretch) / math.log(self.original_max)) if scaled else 1.0
+        self._inv_freq: dict[torch.device, torch.Tensor] = {}
+
+    def inv_freq(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """float32 [2, head_dim / 2]: short and long frequencies, radians per position."""
+        device = torch.device(device)
+        if device not in self._inv_freq:
+            exponents = (
+                torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32)
+                / self.head_dim
+            )
+            bases = self.theta**exponents
+            factors = self._factors or ([1.0] * len(bases),) * 2
+            made = torch.stack(
+                [1.0 / (torch.tensor(list(f), dtype=torch.float32, device="cpu") * bases) for f in factors]
+            )
+            self._inv_freq[device] = made.to(device)
+        return self._inv_freq[device]
+
+    def batch(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, T, head_dim] by the published rule; position_ids: int64 [B, T]."""
+        is_long = position_ids.max() + 1 > self.original_max
+        return self._rotation(position_ids, self.inv_freq(position_ids.device)[is_long.long()], dtype)
+
+    def packed(
+        self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [1, T, head_dim], each document with the factors of its own length.
+
+        position_ids: int64 [T]; cu_seqlens: int [documents + 1].
+        """
+        lengths = cu_seqlens.diff()
+        is_long = torch.repeat_interleave(lengths > self.original_max, lengths, output_size=len(position_ids))
+        frequencies = self.inv_freq(position_ids.device)[is_long.long()]
+        cos, sin = self._rotation(position_ids, frequencies, dtype)
+        return cos[None], sin[None]
+
+    def _rotation(
+        self, positions: torch.Tensor, inv_freq: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions[..., None].to(torch.float32) * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)

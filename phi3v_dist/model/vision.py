@@ -1,0 +1,175 @@
+"""Tiles -> CLIP -> HD layout -> projection: the vectors that take the places of image tokens.
+
+In: views (tiles and one global view per picture) as uint8 tiles to normalise here, or as published pixel values.
+Out: [image tokens, hidden_size], picture after picture. Only real tiles go through the tower, in a number of
+calls that the caller fixes, so that ZeRO-3 ranks stay in step. Called by `modeling`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPVisionModel
+
+from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.processor.image import IMAGE_MEAN, IMAGE_STD
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float32 of the same shape, (x / 255 - mean) / std as published."""
+    mean = torch.tensor(IMAGE_MEAN, dtype=torch.float32, device=pixels.device)[:, None, None]
+    std = torch.tensor(IMAGE_STD, dtype=torch.float32, device=pixels.device)[:, None, None]
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def global_views(tiles: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """The global view of each picture: its normalised, padded canvas squeezed to one tile, bicubic.
+
+    tiles: uint8 [tiles, 3, S, S], picture after picture; grids: int64 [pictures, 2]. float32 [pictures, 3, S, S].
+    """
+    side = tiles.shape[-1]
+    views = []
+    start = 0
+    for rows, cols in grids.tolist():
+        picture = normalise(tiles[start : start + rows * cols])
+        start += rows * cols
+        canvas = (
+            picture.view(rows, cols, 3, side, side)
+            .permute(2, 0, 3, 1, 4)
+            .reshape(1, 3, rows * side, cols * side)
+        )
+        views.append(F.interpolate(canvas, size=(side, side), mode="bicubic"))
+    return torch.cat(views)
+
+
+class ClipTower(CLIPVisionModel):
+    """CLIP as Phi-3-V uses it: the patch features of the layer before the last, without the class token.
+
+    The last encoder layer and post_layernorm are in every checkpoint but feed nothing: 18 dead tensors, frozen
+    here (an optimizer would decay them) and skipped in forward.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.freeze_dead()
+
+    def freeze_dead(self) -> None:
+        """requires_grad False for the 18 dead tensors."""
+        for module in (self.encoder.layers[-1], self.post_layernorm):
+            module.requires_grad_(False)
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
+        """[views, 3, S, S] normalised -> [views, (S / 14)^2, width]."""
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.encoder.layers[:-1]:
+            hidden = layer(hidden, None)
+        return hidden[:, 1:]
+
+
+class ImageProcessor(nn.Module):
+    """Holds the tower one level down, where the published tensor names have it."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        clip = config.clip_config()
+        clip._attn_implementation = "eager" if config._attn_implementation == "eager" else "sdpa"
+        self.vision_model = ClipTower(clip)
+
+
+class VisionEmbedding(nn.Module):
+    """The tower, the two separators and the projection."""
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        clip = config.clip_config()
+        width = 4 * clip.hidden_size
+        self.tile = clip.image_size
+        self.side = clip.image_size // clip.patch_size  # patches along a side of a tile
+        self.gradient_checkpointing = False
+        self.img_processor = ImageProcessor(config)
+        self.glb_GN = nn.Parameter(torch.zeros(1, 1, width))
+        self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.img_projection = nn.Sequential(
+            nn.Linear(width, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+
+    def forward(
+        self, tiles: torch.Tensor, globals_: torch.Tensor | None, grids: torch.Tensor, calls: int
+    ) -> torch.Tensor:
+        """The image vectors [image tokens, hidden_size] of pictures, in `calls` calls of the tower.
+
+        tiles: uint8 [tiles, 3, S, S] raw, or floating and normalised. globals_: [pictures, 3, S, S] normalised,
+        or None: made from uint8 tiles. grids: int64 [pictures, 2] rows and columns of tiles. Without pictures the
+        tower sees a blank view and the result is one vector [1, hidden_size] of no meaning, to be connected to the
+        loss with weight zero.
+        """
+        shapes = grids.tolist()
+        if globals_ is None:
+            globals_ = global_views(tiles, grids) if shapes else tiles.new_zeros(0, *tiles.shape[1:]).float()
+        features = self._features(tiles, globals_, calls)
+        merged = self._merge(features)  # [views, s, s, 4 width]
+        num_tiles = len(tiles)
+        sequence: list[torch.Tensor] = []
+        start = 0
+        for place, (rows, cols) in enumerate(shapes):
+            stop = start + rows * cols
+            sequence += [
+                self._rows(merged[start:stop], rows, cols),
+                self.glb_GN[0],
+                self._rows(merged[num_tiles + place : num_tiles + place + 1], 1, 1),
+            ]
+            start = stop
+        used = num_tiles + len(shapes)
+        if not sequence:
+            sequence = [merged[0].flatten(0, 1)[:1] + self.glb_GN[0] + self.sub_GN[0, 0]]
+        elif used < len(merged):  # blank views that only keep the number of calls
+            sequence[0] = sequence[0] + 0.0 * merged[used:].sum()
+        return self.img_projection(torch.cat(sequence))
+
+    def _features(self, tiles: torch.Tensor, globals_: torch.Tensor, calls: int) -> torch.Tensor:
+        """Patch features [views, patches, width] of tiles, then global views, then blanks if calls need them."""
+        num_tiles, num_views = len(tiles), len(tiles) + len(globals_)
+        total = max(num_views, calls)
+        dtype = self.glb_GN.dtype
+        bounds = [total * call // calls for call in range(calls + 1)]
+        chunks = []
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            raw = tiles[start : min(stop, num_tiles)]
+            whole = globals_[max(start - num_tiles, 0) : max(min(stop, num_views) - num_tiles, 0)]
+            blanks = stop - max(start, num_views) if stop > num_views else 0
+            if self.gradient_checkpointing and self.training and calls > 1:
+                chunk = self._gradient_checkpointing_func(self._tower, raw, whole, blanks, dtype)
+            else:
+                chunk = self._tower(raw, whole, blanks, dtype)
+            chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _tower(
+        self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        parts = []
+        if len(tiles):
+            parts.append((normalise(tiles) if tiles.dtype == torch.uint8 else tiles).to(dtype))
+        if len(globals_):
+            parts.append(globals_.to(dtype))
+        if blanks:
+            parts.append(torch.zeros(blanks, 3, self.tile, self.tile, dtype=dtype, device=tiles.device))
+        return self.img_processor.vision_model(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _merge(self, features: torch.Tensor) -> torch.Tensor:
+        """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]; 2 x 2 patches, row-major, side by side."""
+        half = self.side // 2
+        blocks = features.view(len(features), half, 2, half, 2, features.shape[-1])
+        return blocks.transpose(2, 3).reshape(len(features), half, half, 4 * features.shape[-1])
+
+    def _rows(self, merged: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+        """rows * cols views laid out as one picture, sub_GN at the end of each row of features; [tokens, 4 width]."""
+        half = self.side // 2
+        width = merged.shape[-1]
+        picture = merged.view(rows, cols, half, half, width).transpose(1, 2)
+        picture = picture.reshape(rows * half, cols * half, width)
+        ends = self.sub_GN[0].expand(rows * half, 1, width)
+        return torch.cat((picture, ends), dim=1).flatten(0, 1)
