@@ -123,19 +123,22 @@ def open_source(source: str, recipe: Recipe) -> Source:
 
 
 def _survey(path: Path, kind: str) -> tuple[list[str], int]:
-    """Columns (of a JSONL file: those of its first line) and number of rows."""
+    """Columns (of a JSONL file: of all its lines) and number of rows."""
     if kind == "parquet":
         with pq.ParquetFile(path) as table:
             return table.schema_arrow.names, table.metadata.num_rows
-    columns: list[str] = []
+    columns: dict[str, None] = {}
     count = 0
+    first_fault = None
     for record in _records(path, kind):
-        if count == 0:
-            if isinstance(record, str):
-                raise BadInputError(f"{path}: first line: {record}")
-            columns = list(record)
+        if isinstance(record, str):
+            first_fault = first_fault or f"row {count}: {record}"
+        else:
+            columns.update(dict.fromkeys(record))
         count += 1
-    return columns, count
+    if count and not columns:
+        raise BadInputError(f"{path}: no row can be read; {first_fault}")
+    return list(columns), count
 
 
 def _records(path: Path, kind: str) -> Iterator[dict[str, Any] | str]:

@@ -1,0 +1,155 @@
+"""Tables and messages as rows: what they become, and what is said of those that cannot be used."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shards.format import BadInputError
+from shards.sources import PRODUCT_COLUMNS, PRODUCT_PROMPT, Recipe, Row, open_source
+from tests.shards.conftest import write_csv
+
+ASK = Recipe(images=("image",), prompt="What is {name}?", answer="{price} {{EUR}}")
+
+
+def rows_of(path: Path, recipe: Recipe) -> list[Row]:
+    source = open_source(str(path), recipe)
+    rows = list(source.rows(0))
+    assert len(rows) == source.num_rows
+    return rows
+
+
+def jsonl(path: Path, *records: Any) -> Path:
+    path.write_text("".join(r + "\n" if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_a_table_is_filled_into_the_templates(tmp_path: Path) -> None:
+    path = write_csv(
+        tmp_path / "t.csv", ("image", "name", "price"), [("a.jpg", "Ä thing", 5), ("b.jpg", "", 6)]
+    )
+    good, bad = rows_of(path, ASK)
+    assert good.images == ("a.jpg",) and good.fault is None and good.key == "00000000"
+    assert good.messages == [
+        {"role": "user", "content": "<|image_1|>\nWhat is Ä thing?"},
+        {"role": "assistant", "content": "5 {EUR}"},
+    ]
+    assert good.meta == {"image": "a.jpg", "name": "Ä thing", "price": "5"}
+    assert bad.fault == "column 'name' is empty"
+
+
+def test_rows_go_on_in_the_middle(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [(f"{n}.jpg", n, n) for n in range(9)])
+    source = open_source(str(path), ASK)
+    assert list(source.rows(6)) == list(source.rows(0))[6:]
+
+
+def test_parquet_with_lists_and_dates(tmp_path: Path) -> None:
+    columns = {
+        "image": [["a.jpg", "b.png"], []],
+        "name": ["x", "y"],
+        "price": [1.5, None],
+        "day": [datetime.date(2024, 2, 3)] * 2,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    good, bad = rows_of(tmp_path / "t.parquet", ASK)
+    assert good.images == ("a.jpg", "b.png") and good.meta["day"] == "2024-02-03"
+    assert good.messages[0]["content"].startswith("<|image_1|>\n<|image_2|>\n")
+    assert bad.fault == "column 'image' holds no image path or URL (found: an empty list)"
+
+
+def test_tags_in_the_prompt_stay_where_they_are(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [("a.jpg", "x", 1)])
+    (row,) = rows_of(path, Recipe(("image",), "Look: <|image_1|> {name}", "{price}"))
+    assert row.messages[0]["content"] == "Look: <|image_1|> x"
+
+
+def test_a_product_catalogue_needs_no_recipe(tmp_path: Path) -> None:
+    good_row = (80, "Red Bag", "BAGS", "19.50", "http://x/a.jpg")
+    bad_row = (81, "Red Bag", "BAGS", "dear", "http://x/b.jpg")
+    path = write_csv(tmp_path / "t.csv", PRODUCT_COLUMNS, [good_row, bad_row])
+    good, bad = rows_of(path, Recipe(key="product_code"))
+    assert good.messages[0]["content"] == "<|image_1|>\n" + PRODUCT_PROMPT
+    assert good.messages[1]["content"] == "Title: Red Bag\nCategory: BAGS\nPrice: 19.50"
+    assert good.meta["price"] == 19.5 and good.key == "00000000-80"
+    assert bad.fault == "column 'full_price' is 'dear', not a price"
+
+
+def test_messages_as_they_are_and_as_parts(tmp_path: Path) -> None:
+    reply = {"role": "assistant", "content": "A cat."}
+    parts = [
+        {"type": "text", "text": "Compare "},
+        {"type": "image_url", "image_url": {"url": "http://x/1.jpg"}},
+        {"type": "image_url", "image_url": {"url": "http://x/2.jpg"}},
+    ]
+    path = jsonl(
+        tmp_path / "m.jsonl",
+        {"messages": [{"role": "user", "content": "What?"}, reply], "images": ["a.jpg"], "id": 7},
+        {"messages": [{"role": "user", "content": parts}, reply]},
+        "{not json",
+        {"messages": [{"role": "user", "content": "What?"}], "images": "a.jpg"},
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}, reply]},
+        {"messages": [{"role": "user", "content": parts}, reply], "images": ["a.jpg"]},
+    )
+    plain, openai, *bad = rows_of(path, Recipe())
+    assert plain.images == ("a.jpg",) and plain.messages[0]["content"] == "<|image_1|>\nWhat?"
+    assert plain.meta == {"id": 7}
+    assert openai.images == ("http://x/1.jpg", "http://x/2.jpg")
+    assert openai.messages[0]["content"] == "Compare <|image_1|>\n<|image_2|>\n"
+    words = ["not JSON", "must end with the assistant", "part of type 'video'", "images both in"]
+    assert all(word in (row.fault or "") for row, word in zip(bad, words, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Recipe(("picture",), "{name}", "{price}"), "no column 'picture' .asked for by images."),
+        (Recipe(("image",), "{nane}", "{price}"), "no column 'nane' .* did you mean 'name'"),
+        (Recipe(("image",), "{name", "{price}"), "write {{ and }} for braces"),
+        (Recipe(("image",), "{name!r}", "{price}"), "only plain {column} fields"),
+        (Recipe(("image",), "{name}"), "an answer template is needed"),
+        (Recipe(), "a prompt template is needed: the table is neither messages nor a product"),
+        (Recipe(("image",), "{name}", "{price}", key="code"), "no column 'code' .asked for by key."),
+    ],
+)
+def test_recipes_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, recipe: Recipe, words: str) -> None:
+    path = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [("a.jpg", "x", 1)])
+    with pytest.raises(BadInputError, match=words) as caught:
+        open_source(str(path), recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_sources_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("image,name,price\n")
+    (tmp_path / "bad.parquet").write_text("no")
+    (tmp_path / "bad.csv").write_bytes(b"image,name\n\xff\xfe,x\n")
+    (tmp_path / "twice.csv").write_text("a,a\n1,2\n")
+    for name, words in [
+        ("none.csv", "no such file"),
+        ("empty.csv", "no rows; nothing to build"),
+        ("bad.parquet", "not a readable parquet file"),
+        ("bad.csv", "not a readable csv file"),
+        ("twice.csv", "two columns are named 'a'"),
+        ("t.xlsx", "a .xlsx file; sources are"),
+        ("", "a directory; sources are"),
+    ]:
+        with pytest.raises(BadInputError, match=words):
+            open_source(str(tmp_path / name), ASK)
+
+
+def test_a_row_of_other_length_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("image,name,price\na.jpg,x\nb.jpg,y,2\n")
+    bad, good = rows_of(tmp_path / "t.csv", ASK)
+    assert bad.fault == "2 fields, the header has 3" and good.fault is None
+    path = jsonl(tmp_path / "t.jsonl", "[1]", {"image": "a.jpg", "name": "x"}, {"price": 3})
+    assert [row.fault for row in rows_of(path, ASK)] == [
+        "JSON of type list, not an object",
+        "column 'price' is empty",
+        "column 'image' holds no image path or URL (found: NoneType)",
+    ]
+    with pytest.raises(BadInputError, match="no row can be read; row 0: not JSON"):
+        open_source(str(jsonl(tmp_path / "bad.jsonl", "{", "{")), ASK)
