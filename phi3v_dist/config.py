@@ -1,8 +1,8 @@
 """The configuration of a run: one typed tree, and the only place where defaults live.
 
 In: a YAML file and dotted overrides (`train.lr=1e-5`), `${oc.env:VAR}` allowed. Out: a frozen `RunConfig`.
-Unknown keys, ill-typed values and settings that contradict each other are refused in one line. Read once, by the
-command line; everything below it gets values.
+Unknown keys, ill-typed values and settings that contradict each other are refused in one line. Read once, by
+the command line; everything below it gets values.
 """
 
 from __future__ import annotations
@@ -30,18 +30,6 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class LoraConfig(Section):
-    """Low-rank adapters instead of full fine-tuning, for debugging on one GPU.
-
-    targets: groups whose linear layers get adapters.
-    """
-
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[Group] = ["decoder"]
-
-
 class ModelConfig(Section):
     """What is trained.
 
@@ -56,7 +44,6 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     freeze: list[Group] = []
-    lora: LoraConfig | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = True
     vision_chunk: int = Field(64, ge=1)
@@ -71,10 +58,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """What is trained on.
 
-    path: a dataset directory of `phi3v shards build`. seq_len: positions of a packed row. num_crops: most tiles
-    of a picture. over_long: what happens to samples longer than seq_len. workers: processes that decode, per
-    rank; 0 decodes in the training process. prefetch: rows ahead, per worker. max_bad_fraction: part of the
-    samples of an epoch that may be unreadable before the run stops with exit code 4.
+    path: a dataset directory of `phi3v shards build`. seq_len: positions of a packed row. num_crops: most
+    tiles of a picture. over_long: what happens to samples longer than seq_len. workers: processes that decode,
+    per rank; 0 decodes in the training process. prefetch: rows ahead, per worker. max_bad_fraction: part of
+    the samples seen so far that may be unreadable before the run stops with exit code 4.
     """
 
     path: str
@@ -94,9 +81,9 @@ class TrainConfig(Section):
     """How it is trained.
 
     Exactly one of `steps` and `epochs` ends the run. global_batch: packed rows of one optimizer step over all
-    ranks and accumulation steps; a rank accumulates global_batch / (data-parallel ranks) of them, so the curve
-    does not depend on the number of ranks. lr_scale: factor on lr per group. The schedule is linear warm-up,
-    then cosine down to min_lr_ratio * lr. grad_clip: largest global norm, 0 for none.
+    ranks and accumulation steps; a rank accumulates global_batch / (data-parallel ranks) of them, so the
+    curve does not depend on the number of ranks. lr_scale: factor on lr per group. The schedule is linear
+    warm-up, then cosine down to min_lr_ratio * lr. grad_clip: largest global norm, 0 for none.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -110,8 +97,6 @@ class TrainConfig(Section):
     betas: list[float] = [0.9, 0.95]
     eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(1.0, ge=0)
-    max_bad_steps: int = Field(3, ge=1)
-    """Optimizer steps in a row with a loss or gradient that is not finite before the run stops (exit code 4)."""
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainConfig:
@@ -123,29 +108,26 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the work is spread. Sequence parallelism is not there yet: sp must be 1.
+    """How the work is spread over ranks by ZeRO-3.
 
-    offload_optimizer: keep optimizer state in host memory. persistence_threshold: parameters with fewer
-    elements stay whole on every rank. timeout_s: seconds before a collective that waits for a lost rank fails.
+    persistence_threshold: parameters with fewer elements stay whole on every rank. timeout_s: seconds before a
+    collective that waits for a lost rank fails.
     """
 
-    sp: Literal[1] = 1
-    offload_optimizer: bool = False
-    offload_param: bool = False
     persistence_threshold: int = Field(100_000, ge=0)
     timeout_s: float = Field(600.0, gt=0)
 
 
 class CheckpointConfig(Section):
-    """every_steps: optimizer steps between checkpoints (the last step always has one). keep_last: newest ones kept."""
+    """every_steps: optimizer steps between checkpoints; the last step always has one. keep_last: newest kept."""
 
     every_steps: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
 
 
 class EvalConfig(Section):
-    """Evaluation during training: loss on `loss_samples` of the val split and, every time, answers to the same
-    `generate_samples` of them. every_steps 0 evaluates only at the end.
+    """Evaluation during training: the loss on `loss_samples` of the val split and answers to the same
+    `generate_samples` of them each time. every_steps 0: at the end alone.
     """
 
     every_steps: int = Field(500, ge=0)
@@ -156,7 +138,7 @@ class EvalConfig(Section):
 
 
 class TrackConfig(Section):
-    """W&B. mode auto: online when WANDB_API_KEY is set, else offline. log_every: optimizer steps between lines."""
+    """W&B and the log. mode auto: online when WANDB_API_KEY is set, else offline. log_every: optimizer steps."""
 
     project: str = "phi3v"
     entity: str | None = None

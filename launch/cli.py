@@ -1,0 +1,138 @@
+"""The command line, `phi3v`. Each command is a thin function that imports its room when it runs.
+
+Exit codes: 0 done, 2 bad config or usage (one line on the standard error), 3 stopped by a signal after a checkpoint,
+4 training diverged or data unusable, others a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from launch.cli_shards import app as shards_app
+from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, DivergedError, PreemptedError, record_exit
+from shards.format import BadInputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Full fine-tuning of Phi-3-Vision-128K on clusters: shards, ZeRO-3 training, evaluation, export.",
+)
+app.add_typer(shards_app, name="shards")
+
+Config = Annotated[str, typer.Argument(help="YAML file, such as configs/tiny.yaml")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="dotted overrides, such as train.lr=1e-5")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train; run by the launchers inside torchrun, one process per GPU. Resumes by itself.
+
+    Example: torchrun --nproc-per-node 8 -m launch.cli train configs/burberry.yaml train.lr=1e-5
+    """
+    from phi3v_dist.config import load_config
+
+    run = load_config(config, overrides or [])
+    is_main = os.environ.get("RANK", "0") == "0"
+    code, reason = CRASHED, "crashed"
+    try:
+        from phi3v_dist.parallel.mesh import open_mesh
+        from phi3v_dist.rundir import log_to_files
+        from phi3v_dist.train import train as train_run
+
+        with open_mesh(run.parallel.timeout_s) as mesh:
+            log_to_files(run.run_dir, mesh.rank)
+            try:
+                train_run(run, mesh)
+            except (BadInputError, PreemptedError, DivergedError):
+                raise
+            except Exception:
+                logging.getLogger(__name__).exception("rank %d crashed", mesh.rank)
+                raise
+        code, reason = DONE, "done"
+    except (BadInputError, PreemptedError, DivergedError) as error:
+        codes = {BadInputError: USAGE, PreemptedError: PREEMPTED, DivergedError: DIVERGED}
+        code, reason = codes[type(error)], str(error)
+        if is_main:
+            print(f"phi3v: {reason}", file=sys.stderr)
+    finally:
+        if is_main and run.run_dir.is_dir():
+            record_exit(run.run_dir, code, reason)
+    if code:
+        raise SystemExit(code)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model directory")],
+    dataset: Annotated[str, typer.Argument(help="a dataset directory of phi3v shards build")],
+    split: Annotated[str, typer.Option(help="the split to answer")] = "val",
+    samples: Annotated[Optional[int], typer.Option(help="so many of its samples, evenly spread; default all")] = None,
+    swap: Annotated[bool, typer.Option(help="answer once more with the pictures swapped between samples")] = True,
+    out: Annotated[Optional[Path], typer.Option(help="directory for scores.json and predictions.jsonl")] = None,
+    batch_size: Annotated[int, typer.Option(help="questions answered together")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 64,
+) -> None:
+    """Answer a split by generation and score the answers, beside a constant predictor and swapped pictures.
+
+    Example: phi3v evaluate runs/demo runs/demo/data/shards
+    """
+    import torch
+
+    from phi3v_dist.evaluate import evaluate as evaluate_model
+    from phi3v_dist.evaluate import write_evaluation
+    from phi3v_dist.restore import find_source, restore
+
+    cuda = torch.cuda.is_available()
+    restored = restore(
+        find_source(model), "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32
+    )
+    result = evaluate_model(restored, dataset, split, samples, swap, batch_size, max_new_tokens)
+    if out is not None:
+        write_evaluation(result, out)
+    for name in ("scores", "swapped", "baseline"):
+        scores = getattr(result, name)
+        if scores is not None:
+            print(f"{name:9}" + "  ".join(f"{k} {_shown(v)}" for k, v in vars(scores).items()))
+
+
+def _shown(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a run or a checkpoint")],
+    out: Annotated[Path, typer.Argument(help="directory to make")],
+    dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float32; default: as trained")] = None,
+) -> None:
+    """Write a trained model in the published layout: safetensors, config, tokenizer, processor.
+
+    Example: phi3v export runs/demo runs/demo/export
+    """
+    from phi3v_dist.export import export as export_model
+    from phi3v_dist.restore import find_source
+
+    if dtype not in (None, "bfloat16", "float32"):
+        raise BadInputError(f"--dtype {dtype}: use bfloat16 or float32")
+    print(f"exported to {export_model(find_source(model), out, dtype)}")
+
+
+def main() -> None:
+    """Runs the command line; bad input ends with one line and exit code 2."""
+    try:
+        app()
+    except BadInputError as error:
+        print(f"phi3v: {error}", file=sys.stderr)
+        raise SystemExit(USAGE) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Where a run starts: the directory with its first weights and its tokenizer, made on the spot for a new model.
+
+In: the configuration. Out: `Origin`. For `model.path` nothing is copied. For `model.config`, RUN/init gets a
+directory in the published layout with weights drawn from the seed and, without `model.tokenizer`, a tokenizer trained
+on the train split. Called by the train loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v_dist.config import RunConfig
+from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.hub import init_random_checkpoint, load_config
+from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
+from shards.format import BadInputError, read_index
+
+INIT = "init"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """model_dir: first weights in the published layout. tokenizer_dir: holds tokenizer.json."""
+
+    model_dir: Path
+    model_config: Phi3VConfig
+    tokenizer_dir: Path
+    tokenizer: Any
+
+
+def prepare_origin(config: RunConfig, run_dir: Path, mesh: Mesh) -> Origin:
+    """Makes what is missing on the main rank, then reads it on all.
+
+    Raises BadInputError: no such directory, not a Phi-3-V checkpoint, a vocabulary smaller than the tokenizer.
+    """
+    if mesh.is_main:
+        tokenizer_dir = _tokenizer_dir(config, run_dir)
+        if config.model.config is not None and not (run_dir / INIT / "config.json").exists():
+            init_random_checkpoint(
+                _new_config(config.model.config, load_tokenizer(tokenizer_dir)),
+                run_dir / INIT,
+                seed=config.seed,
+                dtype=torch.float32,
+                num_crops=config.data.num_crops,
+                tokenizer_dir=tokenizer_dir,
+            )
+    mesh.barrier()
+    model_dir = Path(config.model.path) if config.model.path is not None else run_dir / INIT
+    tokenizer_dir = _tokenizer_dir(config, run_dir)
+    model_config = load_config(model_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if len(tokenizer) > model_config.vocab_size:
+        raise BadInputError(
+            f"{tokenizer_dir}: {len(tokenizer)} tokens, but the model's vocab_size is {model_config.vocab_size}; "
+            "use the model's own tokenizer"
+        )
+    return Origin(model_dir, model_config, tokenizer_dir, tokenizer)
+
+
+def _tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:
+    if config.model.tokenizer is not None:
+        return Path(config.model.tokenizer)
+    if config.model.path is not None:
+        return Path(config.model.path)
+    made = run_dir / TOKENIZER
+    if not (made / "tokenizer_config.json").exists():
+        index = read_index(config.data.path, config.data.train_split, ["messages"])
+        texts = (m["content"] for messages in index["messages"].to_pylist() for m in messages)
+        vocab_size = int((config.model.config or {}).get("vocab_size", 1024))
+        train_tokenizer(texts, made, vocab_size)
+    return made
+
+
+def _new_config(fields: dict[str, Any], tokenizer: Any) -> Phi3VConfig:
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|end|>"),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return Phi3VConfig(**{**ids, **fields})
+    except (TypeError, ValueError) as error:
+        raise BadInputError(f"model.config: {' '.join(str(error).split())}") from error

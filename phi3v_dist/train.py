@@ -1,0 +1,333 @@
+"""The train loop, to be read from top to bottom: prepare, resume, then for every step: rows -> loss -> step -> log,
+evaluate, save.
+
+In: the run's configuration and this process's place among the ranks. Out: the run directory (checkpoints,
+metrics.jsonl, W&B files, logs). Called by `phi3v train` inside torchrun, the same on every rank.
+
+The loss of a step is the sum over the target tokens of its rows divided by their number, over all ranks and
+accumulation steps: the same curve at any number of ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import signal
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from phi3v_dist import __version__, checkpoint
+from phi3v_dist.checkpoint import ModelCard, Progress
+from phi3v_dist.config import RunConfig
+from phi3v_dist.data.loader import LoadedRow, RowMaker, load_rows
+from phi3v_dist.data.plan import Plan, RankRows
+from phi3v_dist.data.tokens import sample_costs
+from phi3v_dist.evaluate import Validation
+from phi3v_dist.exits import DivergedError, PreemptedError
+from phi3v_dist.model.hub import build_model, load_weights
+from phi3v_dist.optim import freeze, learning_rate, parameter_groups, set_learning_rate
+from phi3v_dist.origin import Origin, prepare_origin
+from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
+from phi3v_dist.rundir import CHECKPOINTS, open_run_dir
+from phi3v_dist.track import Tracker
+from shards.format import BadInputError, read_dataset_info, read_index
+
+_log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, mesh: Mesh) -> Progress:
+    """Trains until the run is done; goes on from the newest complete checkpoint if there is one.
+
+    Raises BadInputError for what the user can mend, PreemptedError after a signal (with a checkpoint written),
+    DivergedError for a loss that is not finite or unusable data.
+    """
+    stop = StopSignal()
+    run_dir = config.run_dir
+    fingerprint = read_dataset_info(config.data.path).fingerprint
+    resume = mesh.from_main(open_run_dir(config, fingerprint) if mesh.is_main else None)
+
+    origin = prepare_origin(config, run_dir, mesh)
+    plan, maker = _plan_rows(config, origin, run_dir, mesh)
+    accumulation = _accumulation(config, mesh)
+    steps = config.train.steps or plan.steps_of(config.train.epochs or 0)
+    end_row = plan.end_row(config.train.epochs) if config.train.epochs else None
+    if resume is not None and checkpoint.read_meta(resume)["progress"]["step"] >= steps:
+        _log.info("%s: already finished at step %d; nothing to do", run_dir, steps)
+        return Progress(**checkpoint.read_meta(resume)["progress"])
+
+    prepare_deepspeed(mesh)
+    engine = _make_engine(config, origin, accumulation)
+    progress = Progress()
+    if resume is not None:
+        progress = checkpoint.load(engine, resume, mesh)
+        _log.info("going on from %s", resume)
+    validation = Validation(config, origin, engine, mesh)
+    card = ModelCard(origin.model_config.to_dict(), config.data.num_crops, origin.tokenizer_dir)
+    about = _about(config, fingerprint, mesh, engine)
+    tracker = Tracker(config, run_dir, progress.step, about) if mesh.is_main else None
+
+    _log.info(
+        "%s: %d steps of %d rows on %d ranks x %d accumulation steps, %d samples, %.1f%% fill; ZeRO-3 keeps %.1f%% of "
+        "the weights on each rank",
+        config.name, steps, config.train.global_batch, mesh.dp_size, accumulation, len(plan.costs),
+        100 * plan.fill(0), 100 * partitioned_fraction(engine),
+    )  # fmt: skip
+    rows = load_rows(
+        maker,
+        RankRows(plan, mesh.dp_rank, mesh.dp_size, config.model.vision_chunk, progress.step, steps, end_row),
+        config.data.workers,
+        config.data.prefetch,
+        config.parallel.timeout_s,
+    )
+    window = Window()
+    exit_code = 1
+    try:
+        while progress.step < steps:
+            step_rows = plan.step(progress.step, end_row)
+            rate = learning_rate(progress.step, steps, config.train)
+            torch.manual_seed(hash((config.seed, progress.step, mesh.rank)) % 2**63)  # dropout, if a model has any
+            progress, stopping = _step(engine, rows, accumulation, step_rows.targets, rate, progress, stop, window, mesh)
+            _check_data(config, progress)
+            done = progress.step == steps
+
+            if done or progress.step % config.track.log_every == 0:
+                metrics = window.metrics(engine, rate, step_rows.epoch, progress, mesh)
+                _log.info(_line(progress.step, steps, metrics))
+                if tracker is not None:
+                    tracker.log(progress.step, metrics)
+                window = Window()
+            if done or (config.eval.every_steps and progress.step % config.eval.every_steps == 0):
+                began = time.perf_counter()
+                scores, table = validation.run()
+                window.exclude(time.perf_counter() - began)
+                _log.info("step %d  %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None))
+                if tracker is not None:
+                    tracker.log(progress.step, scores)
+                    tracker.log_predictions(progress.step, table)
+            if done or stopping or progress.step % config.checkpoint.every_steps == 0:
+                began = time.perf_counter()
+                saved = checkpoint.save(
+                    engine, run_dir / CHECKPOINTS, progress, card, about, mesh, config.checkpoint.keep_last
+                )
+                window.exclude(time.perf_counter() - began)
+                _log.info("step %d  saved %s in %.1f s", progress.step, saved, time.perf_counter() - began)
+            if stopping and not done:
+                if tracker is not None:
+                    tracker.preempting()
+                raise PreemptedError(
+                    f"stopped by a signal after step {progress.step} of {steps}, checkpoint written; "
+                    "the same command goes on from there"
+                )
+        exit_code = 0
+        return progress
+    finally:
+        if tracker is not None:
+            tracker.close(exit_code)
+        del validation
+        engine.destroy()  # without it 3 of 48 CPU runs aborted at exit (DeepSpeed 0.19.8)
+        del engine
+        gc.collect()
+
+
+def _step(
+    engine: Any,
+    rows: Any,
+    accumulation: int,
+    targets: int,
+    rate: float,
+    progress: Progress,
+    stop: StopSignal,
+    window: Window,
+    mesh: Mesh,
+) -> tuple[Progress, bool]:
+    """One optimizer step. Returns the progress after it, and whether any rank has been told to stop."""
+    began = time.perf_counter()
+    # DeepSpeed divides gradients by ranks and micro-steps; after this they are those of the mean over all targets.
+    scale = mesh.dp_size * accumulation / max(1, targets)
+    nll = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    tokens = images = 0
+    bad: list[str] = []
+    waited = 0.0
+    for micro in range(accumulation):
+        asked = time.perf_counter()
+        loaded: LoadedRow = next(rows)
+        waited += time.perf_counter() - asked
+        tokens, images = tokens + loaded.tokens, images + loaded.pictures
+        bad += loaded.bad
+        loss = engine(row=loaded.row.to(mesh.device))
+        nll += loss.detach()
+        engine.backward(loss * scale)
+        if micro < accumulation - 1:
+            engine.step()
+    for reason in bad:
+        _log.warning("step %d: sample left out: %s", progress.step, reason)
+
+    # One small all-reduce a step: the loss, the counts, and whether anybody has been told to stop.
+    sums = mesh.sum([float(nll), tokens, images, len(bad), float(stop.asked)])
+    if not math.isfinite(sums[0]):
+        raise DivergedError(
+            f"step {progress.step}: the loss is {sums[0]}; the last checkpoint is intact; lower train.lr or look at "
+            "the rows of this step"
+        )
+    set_learning_rate(engine.optimizer.param_groups, rate)
+    engine.step()
+    norm = float(engine.get_global_grad_norm() or 0.0)
+    if not math.isfinite(norm):
+        raise DivergedError(
+            f"step {progress.step}: the gradient norm is {norm}; the last checkpoint is intact; lower train.lr"
+        )
+    progress = replace(
+        progress,
+        step=progress.step + 1,
+        rows=progress.rows + accumulation * mesh.dp_size,
+        tokens=progress.tokens + int(sums[1]),
+        images=progress.images + int(sums[2]),
+        bad_samples=progress.bad_samples + int(sums[3]),
+    )
+    window.add(sums[0], targets, int(sums[1]), norm, waited, time.perf_counter() - began)
+    return progress, sums[4] > 0
+
+
+class StopSignal:
+    """Remembers SIGUSR1, SIGTERM or SIGINT; the loop asks at the end of each step. A second one changes nothing."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last line of metrics. Times in seconds."""
+
+    nll: float = 0.0
+    targets: int = 0
+    tokens: int = 0
+    steps: int = 0
+    grad_norm: float = 0.0
+    waited: float = 0.0
+    busy: float = 0.0
+    excluded: float = 0.0
+
+    def add(self, nll: float, targets: int, tokens: int, grad_norm: float, waited: float, busy: float) -> None:
+        self.nll, self.targets, self.tokens = self.nll + nll, self.targets + targets, self.tokens + tokens
+        self.steps, self.grad_norm = self.steps + 1, grad_norm
+        self.waited, self.busy = self.waited + waited, self.busy + busy
+
+    def exclude(self, seconds: float) -> None:
+        """Time spent on evaluation and checkpoints, which is no part of a step."""
+        self.excluded += seconds
+
+    def metrics(
+        self, engine: Any, rate: float, epoch: int, progress: Progress, mesh: Mesh
+    ) -> dict[str, float | int | None]:
+        """The metrics of these steps; grad_norm of the last one."""
+        speed = self.tokens / self.busy
+        metrics: dict[str, float | int | None] = {
+            "train/loss": self.nll / max(1, self.targets),
+            "train/learning_rate": rate,
+            "train/grad_norm": self.grad_norm,
+            "train/epoch": epoch,
+            "train/tokens_seen": progress.tokens,
+            "train/images_seen": progress.images,
+            "perf/tokens_per_second": speed,
+            "perf/tokens_per_second_per_gpu": speed / mesh.size,
+            "time/step": self.busy / self.steps,
+            "time/data_wait": self.waited / self.steps,
+            "data/bad_samples": progress.bad_samples,
+        }
+        if mesh.device.type == "cuda":
+            metrics["mem/peak_allocated_gb"] = torch.cuda.max_memory_allocated(mesh.device) / 1e9
+        return metrics
+
+
+def _line(step: int, steps: int, metrics: dict[str, float | int | None]) -> str:
+    left = (steps - step) * float(metrics["time/step"] or 0)
+    return (
+        f"step {step}/{steps}  loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}  "
+        f"grad {metrics['train/grad_norm']:.2f}  {metrics['perf/tokens_per_second']:.0f} tokens/s  "
+        f"{metrics['time/step']:.2f} s/step  {int(left // 60)}:{int(left % 60):02d} left"
+    )
+
+
+def _plan_rows(config: RunConfig, origin: Origin, run_dir: Path, mesh: Mesh) -> tuple[Plan, RowMaker]:
+    index = read_index(config.data.path, config.data.train_split, ["key", "shard", "images", "messages"])
+    if not index.num_rows:
+        raise BadInputError(f"{config.data.path}: the split {config.data.train_split!r} is empty")
+    tokenizer, tile = origin.tokenizer, origin.model_config.tile
+    if mesh.is_main:  # counts and keeps; the others then read what it kept
+        sample_costs(index, tokenizer, config.data.num_crops, tile, run_dir)
+    mesh.barrier()
+    costs = sample_costs(index, tokenizer, config.data.num_crops, tile, run_dir)
+    plan = Plan(
+        costs,
+        config.data.seq_len,
+        config.seed,
+        config.train.global_batch,
+        config.data.shuffle,
+        config.data.packing,
+        config.data.over_long,
+    )
+    if plan.dropped:
+        _log.warning("%d samples are longer than data.seq_len and are left out", plan.dropped)
+    maker = RowMaker(
+        config.data.path, index, tokenizer, config.data.num_crops, tile, origin.tokenizer.pad_token_id
+    )
+    return plan, maker
+
+
+def _accumulation(config: RunConfig, mesh: Mesh) -> int:
+    rows = config.train.global_batch
+    if rows % mesh.dp_size:
+        raise BadInputError(
+            f"train.global_batch={rows} rows cannot be shared by {mesh.dp_size} ranks; make it a multiple of the ranks"
+        )
+    return rows // mesh.dp_size
+
+
+def _make_engine(config: RunConfig, origin: Origin, accumulation: int) -> Any:
+    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
+    model = build_model(origin.model_config, dtype, zero_config(config, accumulation))
+    load_weights(model, origin.model_dir)
+    model.vision_chunk = config.model.vision_chunk
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    freeze(model, config.model.freeze)
+    return make_engine(model, parameter_groups(model, config.train), config, accumulation)
+
+
+def _check_data(config: RunConfig, progress: Progress) -> None:
+    """Raises DivergedError if more samples are unreadable than data.max_bad_fraction allows."""
+    allowed = max(10.0, config.data.max_bad_fraction * progress.images)
+    if progress.bad_samples > allowed:
+        raise DivergedError(
+            f"{progress.bad_samples} unreadable samples beside {progress.images} pictures seen, more than "
+            f"data.max_bad_fraction={config.data.max_bad_fraction:g}; they are listed in logs/rank-*.log; "
+            "run `phi3v shards verify` on the dataset"
+        )
+
+
+def _about(config: RunConfig, fingerprint: str, mesh: Mesh, engine: Any) -> dict[str, Any]:
+    """What made this run, for checkpoints and W&B."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "data_fingerprint": fingerprint,
+        "world_size": mesh.size,
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "versions": {
+            "phi3v-dist": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        },
+    }
