@@ -85,7 +85,12 @@ def build_model(
         else:
             import deepspeed
 
-            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero_config, dtype=dtype))
+            # zero.Init(dtype=...) of DeepSpeed 0.19.8 gives bf16 on a CPU whatever the dtype; the config is obeyed.
+            precision = {
+                name: {**zero_config.get(name, {}), "enabled": dtype == wanted}
+                for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+            }
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path={**zero_config, **precision}))
         model = Phi3VForCausalLM(config)
     return model
 
