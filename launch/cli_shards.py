@@ -26,7 +26,8 @@ ImagesOption = Annotated[
 PromptOption = Annotated[str | None, typer.Option(help="Template of the question; {column} is filled in.")]
 AnswerOption = Annotated[str | None, typer.Option(help="Template of the reply; {column} is filled in.")]
 GroupOption = Annotated[
-    str | None, typer.Option("--group-by", help="Column whose equal values stay in one split (default: image hash).")
+    str | None,
+    typer.Option("--group-by", help="Column whose equal values stay in one split (default: image hash)."),
 ]
 ValOption = Annotated[float, typer.Option(help="Part of the groups that becomes the val split.")]
 SuccessOption = Annotated[float, typer.Option(help="Part of the rows that must be usable.")]

@@ -39,8 +39,8 @@ class Recipe:
     images: columns holding a path, a URL, or a list of them; the order is that of the tags <|image_1|>,
     <|image_2|>. prompt, answer: templates with {column} fields; a prompt without tags gets them put in
     front, one a line. All None or empty, and the table has the columns of a product catalogue: the product
-    recipe. key: column whose value is put into the sample's key. group_by: column whose equal values stay in
-    one split.
+    recipe. key: column whose value is put into the sample's key. group_by: column (or field of the column
+    meta) whose equal values stay in one split.
     """
 
     images: tuple[str, ...] = ()
@@ -192,8 +192,8 @@ def _row(number: int, record: dict[str, Any] | str, make: RowMaker, recipe: Reci
 def make_row(number: int, key: str, record: Mapping[str, Any], make: RowMaker, group_by: str | None) -> Row:
     """The row of a record; every fault of the record ends in `Row.fault`."""
     try:
-        group = None if group_by is None else _text(record, group_by)
         images, messages, meta = make(record)
+        group = None if group_by is None else _text({**meta, **record}, group_by)
         check_messages(messages, len(images))
         return Row(number, key, tuple(images), messages, meta, group)
     except (_RowFault, BadInputError) as fault:
@@ -206,7 +206,7 @@ RowMaker = Callable[[Mapping[str, Any]], tuple[list[str], list[dict[str, str]], 
 def row_maker(source: str, columns: Sequence[str], recipe: Recipe) -> RowMaker:
     """The function from a record to (images, messages, meta) that fits the columns and the recipe."""
     for option, column in (("key", recipe.key), ("group_by", recipe.group_by)):
-        if column is not None:
+        if column is not None and not (option == "group_by" and "meta" in columns):
             _need_column(source, columns, column, option)
     templated = recipe.images or recipe.prompt is not None or recipe.answer is not None
     if "messages" in columns and not templated:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import http.server
 import io
 import random
@@ -144,6 +145,7 @@ def flood(request: http.server.BaseHTTPRequestHandler, chunked: bool = False) ->
     request.close_connection = True
 
 
+@functools.cache
 def bomb() -> bytes:
     """A PNG of a few kilobytes that would decode to 30,000 x 30,000 pixels."""
     data = io.BytesIO()
