@@ -18,8 +18,10 @@ from types import FrameType
 import psutil
 
 from launch.watch import PARENT_VARIABLE, stop_grace_s, watch_parent
-from phi3v_dist.exits import CRASHED, DONE, PREEMPTED
+from phi3v_dist.exits import DONE, PREEMPTED
 
+NO_RENDEZVOUS = 75
+"""Exit code: the nodes did not find each other, no rank was started; trying again may help (EX_TEMPFAIL)."""
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
             return PREEMPTED
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"launch.agent: the nodes did not find each other: {reason}", file=sys.stderr, flush=True)
-        return CRASHED
+        return NO_RENDEZVOUS
 
 
 def _send(process: psutil.Process, signum: signal.Signals) -> None:

@@ -13,14 +13,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from launch.description import (
+    GRACE_S,
+    Membership,
+    rank_command,
+    rank_environment,
+    torchrun_options,
+    unset_here,
+)
 from launch.node import run_node
 from launch.watch import PARENT_VARIABLE
 from phi3v_dist.config import load_config
 from shards.format import BadInputError
 
 CPU_PROCESSES = 2
-GRACE_S = 120.0
-_TRAIN = ("-m", "launch.rank", "train")
 
 
 def launch_local(
@@ -41,12 +47,12 @@ def launch_local(
             f"{processes} processes asked for, but {gpus} GPU(s) are visible; ask for at most {gpus}"
         )
     count = 1 if debug else processes or gpus or min(CPU_PROCESSES, cores())
-    environment = local_environment(count, on_gpu=gpus > 0)
-    train = [*_TRAIN, config_path, *overrides]
+    environment = unset_here(rank_environment(count, gpus > 0, cores()))
+    train = rank_command(config_path, overrides)
     if debug:
         return _run_in_foreground(train, environment)
-    options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(count)]
-    return run_node(options, train, config.run_dir, environment, GRACE_S)
+    options = torchrun_options(Membership(1, 0, count, "127.0.0.1", 0, "local"))
+    return run_node(options, train, config.run_dir, environment, GRACE_S).code
 
 
 def visible_gpus() -> int:
@@ -67,14 +73,6 @@ def visible_gpus() -> int:
 def cores() -> int:
     """CPU cores this process may run on."""
     return len(os.sched_getaffinity(0))
-
-
-def local_environment(processes: int, on_gpu: bool) -> dict[str, str]:
-    """Variables of the ranks. What the user has set stays as it is."""
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
-    if not on_gpu:
-        defaults["DS_ACCELERATOR"] = "cpu"
-    return {name: value for name, value in defaults.items() if name not in os.environ}
 
 
 def _run_in_foreground(command: Sequence[str], environment: dict[str, str]) -> int:

@@ -12,16 +12,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from launch.agent import NO_RENDEZVOUS
 from launch.watch import GRACE_VARIABLE, PARENT_VARIABLE
 from phi3v_dist.exits import CRASHED, PREEMPTED, recorded_exit
 
 KILL_MARGIN_S = 15.0
 """Seconds past the grace after which the agent itself is taken to hang."""
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """How the ranks ended. code: of phi3v_dist.exits, or launch.agent.NO_RENDEZVOUS. stopped: this process
+    was told to stop.
+    """
+
+    code: int
+    stopped: bool
 
 
 def run_node(
@@ -30,9 +42,9 @@ def run_node(
     run_dir: Path,
     environment: Mapping[str, str],
     grace_s: float,
-) -> int:
-    """Runs the ranks of this node to their end; returns what rank 0 recorded in `run_dir`, else what was seen
-    here.
+) -> NodeResult:
+    """Runs the ranks of this node to their end; the code is what rank 0 recorded in `run_dir`, else what was
+    seen here.
 
     environment: added to this process's own. grace_s: seconds from the first stop signal (SIGUSR1, SIGTERM,
     SIGINT) to the hard end; a second SIGINT or SIGTERM ends the ranks at once. Leaves no process behind.
@@ -73,12 +85,14 @@ def run_node(
         _kill_tree(agent.pid)
         for each, handler in previous.items():
             signal.signal(each, handler)
+    if code == NO_RENDEZVOUS and not signals:
+        return NodeResult(NO_RENDEZVOUS, stopped=False)
     recorded = recorded_exit(run_dir, started)
     if recorded is not None:
-        return recorded
-    if signals:
-        return PREEMPTED
-    return code if code >= 0 else CRASHED
+        code = recorded
+    elif signals:
+        code = PREEMPTED
+    return NodeResult(code if code >= 0 else CRASHED, stopped=bool(signals))
 
 
 def _unblock_signals() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch import local
+from launch.node import NodeResult
 from shards.format import BadInputError
 
 CONFIG = """
@@ -36,7 +37,7 @@ def test_config_is_checked_before_anything_starts(config: str, monkeypatch: pyte
 
 def test_ranks_get_config_and_overrides_unchanged(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(local, "run_node", lambda *arguments: seen.extend(arguments) or 0)
+    monkeypatch.setattr(local, "run_node", lambda *arguments: seen.extend(arguments) or NodeResult(0, False))
     monkeypatch.setattr(local, "visible_gpus", lambda: 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert local.launch_local(config, ["train.lr=0.1", "track.group=two words"], processes=2) == 0
@@ -76,7 +77,7 @@ def test_debug_runs_one_process_that_reads_this_terminal(
     typed = tmp_path / "typed"
     typed.write_text("p 6 * 7\nc\n")
     program = "import os; breakpoint(); raise SystemExit(3 if os.environ['WORLD_SIZE'] == '1' else 1)"
-    monkeypatch.setattr(local, "_TRAIN", ("-c", program))
+    monkeypatch.setattr(local, "rank_command", lambda config, overrides: ["-c", program])
     saved = os.dup(0)
     with typed.open() as stream:
         os.dup2(stream.fileno(), 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from launch.node import run_node
 run_dir, grace, *command = sys.argv[1:]
 options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-sys.exit(run_node(options, command, Path(run_dir), {"OMP_NUM_THREADS": "1"}, float(grace)))
+sys.exit(run_node(options, command, Path(run_dir), {"OMP_NUM_THREADS": "1"}, float(grace)).code)
 """
 
 
