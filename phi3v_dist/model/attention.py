@@ -1,10 +1,10 @@
 """The decoder's private attention: documents (or the real tokens of padded rows) never see each other.
 
 A `Layout` says once per forward which positions form which document; every layer reuses it. On CUDA one
-variable-length kernel takes all documents; on CPU documents of similar length go through SDPA together, padded at
-the end (a causal query never sees what comes after it, so no mask is needed). Nothing here builds a T x T mask.
-The function is registered with transformers under a private name, so that replacing "sdpa" (CLIP uses it) or
-wrapping this one (sequence parallelism) does not touch the other.
+variable-length kernel takes all documents; on CPU documents of similar length go through SDPA together,
+padded at the end (a causal query never sees what comes after it, so no mask is needed). Nothing here builds a
+T x T mask. The function is registered with transformers under a private name, so that replacing "sdpa" (CLIP
+uses it) or wrapping this one (sequence parallelism) does not touch the other.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def make_layout(cu_seqlens: torch.Tensor, tokens: torch.Tensor | None = None) ->
 
 
 def padded_layout(attention_mask: torch.Tensor) -> Layout:
-    """The layout of a padded batch: the real tokens of each row form a document. attention_mask: [B, T], 1 = real."""
+    """The layout of a padded batch: the real tokens of each row form a document. attention_mask: [B, T], 1 =
+    real.
+    """
     real = attention_mask.bool()
     lengths = real.sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
@@ -93,7 +95,7 @@ def padded_layout(attention_mask: torch.Tensor) -> Layout:
 
 
 def causal_mask(attention_mask: torch.Tensor, queries: int) -> torch.Tensor:
-    """Bool [B, 1, queries, K], True = attend; the last `queries` of K positions ask. attention_mask: [B, K]."""
+    """Bool [B, 1, queries, K], True = attend, of the last `queries` of K positions. attention_mask [B, K]."""
     keys = attention_mask.shape[1]
     places = torch.arange(keys, device=attention_mask.device)
     visible = places[None, :] <= places[keys - queries :, None]
@@ -101,7 +103,9 @@ def causal_mask(attention_mask: torch.Tensor, queries: int) -> torch.Tensor:
 
 
 def block_mask(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Bool [1, 1, T, T] of a packed row, for `eager` only: to look at weights and to check the packed attention."""
+    """Bool [1, 1, T, T] of a packed row, for `eager` only: to look at weights and to check the packed
+    attention.
+    """
     lengths = cu_seqlens.diff()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
     same = document[:, None] == document[None, :]
@@ -116,16 +120,17 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     layout: Layout | None = None,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention: [B, heads, T, head_dim] in, [B, T, heads, head_dim] out.
 
-    With `layout` (no cache in play) documents attend within themselves; without, the queries are the last ones of
-    the cached keys and attention_mask ([B, K], 1 = real) says which keys are real. Outputs at padding are zero.
+    With `layout` (no cache in play) documents attend within themselves; without, the queries are the last
+    ones of the cached keys and attention_mask ([B, K], 1 = real) says which keys are real. Outputs at padding
+    are zero.
     """
     if layout is None:
         return _cached(query, key, value, attention_mask, scaling), None
-    batch, _, length, _ = query.shape
+    batch, length = query.shape[0], query.shape[2]
     # [B, heads, T, d] -> [B * T, heads, d]: a view of how the projection left it
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if layout.tokens is not None:
@@ -168,8 +173,8 @@ def _grouped(
     outs = []
     for rows, length, take in groups:
         parts = [x[take] if isinstance(take, slice) else x.index_select(0, take) for x in (q, k, v)]
-        parts = [x.unflatten(0, (rows, length)).transpose(1, 2) for x in parts]
-        out = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=gqa)
+        qs, ks, vs = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in parts)
+        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scaling, enable_gqa=gqa)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     joined = outs[0] if len(outs) == 1 else torch.cat(outs)
     return joined if layout.restore is None else joined.index_select(0, layout.restore)

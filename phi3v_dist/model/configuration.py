@@ -1,8 +1,8 @@
 """config.json of a Phi-3-V checkpoint: the published fields, checked, and written back as published.
 
-`Phi3VConfig` keeps `rope_scaling` as published (type `su`, exactly three keys): other loaders of the published
-model refuse anything else. CLIP sizes other than ViT-L/14-336, which the published format cannot express, come
-from the optional `clip_vision_config`. Read by `modeling` and `hub`; knows nothing of weights.
+`Phi3VConfig` keeps `rope_scaling` as published (type `su`, exactly three keys): other loaders of the
+published model refuse anything else. CLIP sizes other than ViT-L/14-336, which the published format cannot
+express, come from the optional `clip_vision_config`. Read by `modeling` and `hub`; knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ _EMBD_LAYER = {
 class Phi3VConfig(PretrainedConfig):
     """The published fields (defaults: Phi-3-vision-128k-instruct, without its RoPE factors).
 
-    rope_scaling: {"type": "su" (or "longrope", read as su), "short_factor", "long_factor"}, each factor a list of
-        head_dim / 2 numbers; None: plain RoPE.
+    rope_scaling: {"type": "su" (or "longrope", read as su), "short_factor", "long_factor"}, each factor a
+        list of head_dim / 2 numbers; None: plain RoPE.
     img_processor, embd_layer: the published dicts; only the published architecture is supported.
-    clip_vision_config: CLIPVisionConfig fields that differ from ViT-L/14-336; image_size is the tile side in px.
-    Raises BadInputError, naming the field, if the config describes another architecture or contradicts itself.
+    clip_vision_config: CLIPVisionConfig fields that differ from ViT-L/14-336; image_size is the tile side in
+    px. Raises BadInputError, naming the field, if the config describes another architecture or contradicts
+    itself.
     """
 
     model_type = "phi3_v"
@@ -95,45 +96,21 @@ class Phi3VConfig(PretrainedConfig):
             }
         if self.embd_layer is None:
             self.embd_layer = dict(_EMBD_LAYER)
-        if self.rope_scaling is not None and self.rope_scaling.get(
-            "type", self.rope_scaling.get("rope_type")
-        ) in (
-            "su",
-            "longrope",
-        ):
-            self.rope_scaling = {
-                "long_factor": self.rope_scaling.get("long_factor"),
-                "short_factor": self.rope_scaling.get("short_factor"),
-                "type": "su",
-            }
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.get("type", scaling.get("rope_type")) in ("su", "longrope"):
+            factors = {name: scaling.get(name) for name in ("long_factor", "short_factor")}
+            self.rope_scaling = {**factors, "type": "su"}
         super().__post_init__(**kwargs)
         self._check(clip)
 
     def _check(self, clip: dict[str, Any]) -> None:
-        head_dim = self.hidden_size // self.num_attention_heads
-        if self.hidden_size % self.num_attention_heads:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads or 1
+        if self.hidden_size % heads or heads % groups:
             raise BadInputError(
-                f"config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}; correct one of them"
+                f"config: hidden_size {self.hidden_size} must be a multiple of num_attention_heads {heads}, "
+                f"and that of num_key_value_heads {groups}; correct one of them"
             )
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
-            raise BadInputError(
-                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}; correct one of them"
-            )
-        if self.rope_scaling is not None:
-            if self.rope_scaling.get("type") != "su":
-                raise BadInputError(
-                    f"config: rope_scaling.type is {self.rope_scaling.get('type')!r}, Phi-3-V has 'su'; "
-                    "use the model's own config.json"
-                )
-            for name in ("short_factor", "long_factor"):
-                factor = self.rope_scaling[name]
-                if not isinstance(factor, (list, tuple)) or len(factor) != head_dim // 2:
-                    found = f"{len(factor)} values" if isinstance(factor, (list, tuple)) else repr(factor)
-                    raise BadInputError(
-                        f"config: rope_scaling.{name} has {found}, head_dim {head_dim} needs {head_dim // 2}"
-                    )
+        self._check_rope(self.hidden_size // heads)
         if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
             raise BadInputError(
                 f"config: sliding_window {self.sliding_window} is shorter than max_position_embeddings "
@@ -152,16 +129,33 @@ class Phi3VConfig(PretrainedConfig):
             found = (self.embd_layer or {}).get(key, value)
             if found != value:
                 raise BadInputError(f"config: embd_layer.{key} is {found!r}, only {value!r} is supported")
-        if (self.img_processor or {}).get("image_dim_out", clip["hidden_size"]) != clip["hidden_size"]:
+        width = (self.img_processor or {}).get("image_dim_out", clip["hidden_size"])
+        if width != clip["hidden_size"]:
             raise BadInputError(
-                f"config: img_processor.image_dim_out {(self.img_processor or {})['image_dim_out']} is not the CLIP width "
-                f"{clip['hidden_size']}; give clip_vision_config with the sizes of the tower"
+                f"config: img_processor.image_dim_out {width} is not the CLIP width {clip['hidden_size']}; "
+                "give clip_vision_config with the sizes of the tower"
             )
         if clip["image_size"] % (2 * clip["patch_size"]):
             raise BadInputError(
-                f"config: clip_vision_config.image_size {clip['image_size']} is not a multiple of two patches of "
-                f"{clip['patch_size']} px"
+                f"config: clip_vision_config.image_size {clip['image_size']} is not a multiple of two "
+                f"patches of {clip['patch_size']} px"
             )
+
+    def _check_rope(self, head_dim: int) -> None:
+        if self.rope_scaling is None:
+            return
+        kind = self.rope_scaling.get("type")
+        if kind != "su":
+            raise BadInputError(
+                f"config: rope_scaling.type is {kind!r}, Phi-3-V has 'su'; use the model's own config.json"
+            )
+        for name in ("short_factor", "long_factor"):
+            factor = self.rope_scaling[name]
+            if not isinstance(factor, list | tuple) or len(factor) != head_dim // 2:
+                found = f"{len(factor)} values" if isinstance(factor, list | tuple) else repr(factor)
+                raise BadInputError(
+                    f"config: rope_scaling.{name} has {found}, head_dim {head_dim} needs {head_dim // 2}"
+                )
 
     def clip_config(self) -> CLIPVisionConfig:
         """The tower's CLIPVisionConfig: ViT-L/14-336 with what `clip_vision_config` changes."""

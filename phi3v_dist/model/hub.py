@@ -1,9 +1,9 @@
 """Checkpoints in the published layout: build an empty model, fill it, write it.
 
 A hub directory holds config.json, safetensors (one file, or shards with an index), generation_config.json,
-preprocessor_config.json and the tokenizer's files. Loading is strict and reads only what it needs: under ZeRO-3
-each rank reads its own slice of every tensor. Writing streams tensor by tensor and is atomic. `from_pretrained`
-and `save_pretrained` of the model read and write the same files.
+preprocessor_config.json and the tokenizer's files. Loading is strict and reads only what it needs: under
+ZeRO-3 each rank reads its own slice of every tensor. Writing streams tensor by tensor and is atomic.
+`from_pretrained` and `save_pretrained` of the model read and write the same files.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def load_config(directory: str | Path) -> Phi3VConfig:
-    """The config of a checkpoint directory. Raises BadInputError if there is none or it is not a Phi-3-V's."""
+    """The config of a checkpoint directory. Raises BadInputError if there is none, or not a Phi-3-V's."""
     file = Path(directory) / CONFIG
     try:
         fields = json.loads(file.read_text())
@@ -59,7 +59,7 @@ def load_config(directory: str | Path) -> Phi3VConfig:
     found = fields.get("model_type") if isinstance(fields, dict) else None
     if found != Phi3VConfig.model_type:
         raise BadInputError(
-            f"{file}: model_type is {found!r}, expected 'phi3_v'; this loads Phi-3-vision and Phi-3.5-vision only"
+            f"{file}: model_type is {found!r}, expected 'phi3_v'; this is not a Phi-3-V checkpoint"
         )
     try:
         return Phi3VConfig.from_dict(fields)
@@ -72,7 +72,8 @@ def load_config(directory: str | Path) -> Phi3VConfig:
 def build_model(
     config: Phi3VConfig, dtype: torch.dtype, zero_config: dict[str, Any] | None = None
 ) -> Phi3VForCausalLM:
-    """A model with uninitialised weights of `dtype`; with `zero_config` (DeepSpeed's, stage 3) partitioned at once.
+    """A model with uninitialised weights of `dtype`; with `zero_config` (DeepSpeed's, stage 3) partitioned at
+    once.
 
     The RoPE frequencies are float32 whatever the dtype.
     """
@@ -85,7 +86,7 @@ def build_model(
         else:
             import deepspeed
 
-            # zero.Init(dtype=...) of DeepSpeed 0.19.8 gives bf16 on a CPU whatever the dtype; the config is obeyed.
+            # zero.Init(dtype=...) of DeepSpeed 0.19.8 gives bf16 on a CPU whatever is asked; a config works.
             precision = {
                 name: {**zero_config.get(name, {}), "enabled": dtype == wanted}
                 for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16))
@@ -96,10 +97,11 @@ def build_model(
 
 
 def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
-    """Fills `model` from the safetensors of `directory`, strictly and bit for bit (cast to the model's dtype).
+    """Fills `model` from the safetensors of `directory`, strictly and bit for bit (cast to the model's
+    dtype).
 
-    Parameters partitioned by ZeRO-3 get the rank's slice only, and only that is read. Raises BadInputError naming
-    the tensor or file if one is missing, unexpected, of another shape, or truncated.
+    Parameters partitioned by ZeRO-3 get the rank's slice only, and only that is read. Raises BadInputError
+    naming the tensor or file if one is missing, unexpected, of another shape, or truncated.
     """
     directory = Path(directory)
     files = checkpoint_files(directory)
@@ -108,7 +110,7 @@ def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
         where: dict[str, Any] = {}
         for file in files:
             opened = stack.enter_context(_opened(file))
-            for name in opened.keys():
+            for name in opened.keys():  # noqa: SIM118 - a safetensors handle, not a dict
                 if name in where:
                     raise BadInputError(f"{directory}: tensor {name} is in two files; remove the stale one")
                 where[name] = opened
@@ -118,8 +120,8 @@ def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
             expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if shape != expected:
                 raise BadInputError(
-                    f"{directory}: tensor {name} has shape {list(shape)}, config.json asks for {list(expected)}; "
-                    "config and weights are of different models"
+                    f"{directory}: tensor {name} has shape {list(shape)}, config.json asks for "
+                    f"{list(expected)}; config and weights are of different models"
                 )
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -155,7 +157,7 @@ def _opened(file: Path) -> Iterator[Any]:
         opened = safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise BadInputError(
-            f"{file}: truncated or not safetensors ({os.path.getsize(file):,} bytes: {error}); download it again"
+            f"{file}: truncated or not safetensors ({os.path.getsize(file)} bytes; {error}); fetch it again"
         ) from error
     with opened as handle:
         yield handle
@@ -196,7 +198,8 @@ def init_random_checkpoint(
     num_crops: int = 16,
     tokenizer_dir: str | Path | None = None,
 ) -> None:
-    """Writes a hub directory of random weights, transformers' usual initialisation, the same for the same seed.
+    """Writes a hub directory of random weights, transformers' usual initialisation, the same for the same
+    seed.
 
     tokenizer_dir: where tokenizer.json is; None: in `directory` already.
     """
@@ -226,8 +229,8 @@ def write_hub_directory(
     """Writes a complete hub directory; `out` appears complete or not at all.
 
     named_tensors: all tensors of the model in any order, consumed one at a time; at most one shard of
-    `max_shard_bytes` is held in memory. `out` may exist (a tokenizer may lie in it) but holds no weights yet: raises
-    BadInputError if it does, or if a tensor is missing, unexpected or of another shape.
+    `max_shard_bytes` is held in memory. `out` may exist (a tokenizer may lie in it) but holds no weights yet:
+    raises BadInputError if it does, or if a tensor is missing, unexpected or of another shape.
     """
     out = Path(out)
     if (out / CONFIG).exists() or (out / SINGLE).exists() or (out / INDEX).exists():

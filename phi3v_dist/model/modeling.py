@@ -1,10 +1,11 @@
 """Phi-3-Vision as a transformers model: one set of weights, two ways in.
 
-Published convention: `input_ids` [B, T] with negative ids where image vectors go, `pixel_values`, `image_sizes`,
-`attention_mask`, as the published processor makes them; rules of the published code to the letter (one short/long
-RoPE decision per forward, padding counted). Packed row: `row=PackedRow`, every document as if it were alone, out
-comes the sum of its negative log likelihoods. Decoder layers and CLIP are transformers' own; RoPE, attention and
-vision layout are this package's. Tensor names are those of the published checkpoint.
+Published convention: `input_ids` [B, T] with negative ids where image vectors go, `pixel_values`,
+`image_sizes`, `attention_mask`, as the published processor makes them; rules of the published code to the
+letter (one short/long RoPE decision per forward, padding counted). Packed row: `row=PackedRow`, every
+document as if it were alone, out comes the sum of its negative log likelihoods. Decoder layers and CLIP are
+transformers' own; RoPE, attention and vision layout are this package's. Tensor names are those of the
+published checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class LossHead(nn.Linear):
     """
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [..., H] -> logits [..., V]; with targets int64 [N] and hidden [N, H]: float32 sum of the NLL."""
+        """hidden [..., H] -> logits [..., V]; with targets int64 [N] and hidden [N, H]: float32 sum of the
+        NLL.
+        """
         if targets is None:
             return F.linear(hidden, self.weight)
         # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13).
@@ -113,7 +116,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; dead tensors frozen, and generation stops at <|end|> whatever the directory says."""
+        """As transformers'; dead tensors are frozen, and generation stops at <|end|> in any case."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.model.vision_embed_tokens.img_processor.vision_model.freeze_dead()  # loading unfreezes them
@@ -157,13 +160,14 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | torch.Tensor | tuple:
         """Published convention, or a packed row; nothing the caller passes is modified.
 
-        input_ids: int64 [B, T], image positions negative, row-major in the order of the pictures. attention_mask:
-        [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised, global view first.
-        image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels: int64 [B, T], -100 ignored;
-        the loss is the mean over the others. Returns CausalLMOutputWithPast with float32 logits.
+        input_ids: int64 [B, T], image positions negative, row-major in the order of the pictures.
+        attention_mask: [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised,
+        global view first.
+        image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels: int64 [B, T], -100
+        ignored; the loss is the mean over the others. Returns CausalLMOutputWithPast with float32 logits.
 
-        row: the packed way; every other tensor is in it. Returns the float32 sum of the negative log likelihoods of
-        its targets, or float32 logits [T, V] with `return_logits`.
+        row: the packed way; every other tensor is in it. Returns the float32 sum of the negative log
+        likelihoods of its targets, or float32 logits [T, V] with `return_logits`.
         """
         if row is not None:
             return self._forward_row(row, return_logits)
@@ -240,19 +244,20 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         vectors = None
         if pixel_values is None and len(positions):
             raise BadInputError(
-                f"input_ids has {len(positions)} image positions but there are no pixel_values; pass the processor's"
+                f"input_ids has {len(positions)} image positions but there are no pixel_values; "
+                "pass the processor's"
             )
         if pixel_values is not None:
             if not len(positions):
                 raise BadInputError(
-                    "pixel_values are given but input_ids has no image position, so the pictures would be ignored; "
-                    "use Phi3VProcessor for the prompt, with <|image_1|> in its text"
+                    "pixel_values are given but input_ids has no image position, they would be ignored; "
+                    "make input_ids with Phi3VProcessor, <|image_1|> in the text"
                 )
             vectors = self._image_vectors(pixel_values, image_sizes)
             if len(vectors) != len(positions):
                 raise BadInputError(
-                    f"input_ids has {len(positions)} image positions but the pictures have {len(vectors)} tokens; "
-                    "input_ids, pixel_values and image_sizes must come from one processor call"
+                    f"input_ids has {len(positions)} image positions but the pictures have {len(vectors)} "
+                    "tokens; input_ids, pixel_values and image_sizes must come from one processor call"
                 )
         return self.model.embed(flat, positions, vectors).view(*input_ids.shape, -1)
 
@@ -263,15 +268,16 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         side = vision.tile
         if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != (3, side, side):
             raise BadInputError(
-                f"pixel_values has shape {list(pixel_values.shape)}, expected [pictures, views, 3, {side}, {side}]"
+                f"pixel_values has shape {list(pixel_values.shape)}, expected "
+                f"[pictures, views, 3, {side}, {side}]"
             )
         sizes = image_sizes.reshape(-1, 2)
         grids = sizes.to("cpu", torch.int64) // side
         counts = grids.prod(1).tolist()
         if len(counts) != len(pixel_values) or max(counts, default=0) >= pixel_values.shape[1]:
             raise BadInputError(
-                f"image_sizes {sizes.tolist()} do not fit pixel_values of {len(pixel_values)} picture(s) with "
-                f"{pixel_values.shape[1] - 1} tile(s) at most"
+                f"image_sizes {sizes.tolist()} do not fit pixel_values of {len(pixel_values)} picture(s) "
+                f"with at most {pixel_values.shape[1] - 1} tile(s)"
             )
         tiles = torch.cat([views[1 : 1 + n] for views, n in zip(pixel_values, counts, strict=True)])
         calls = vision_calls_needed(len(tiles), len(counts), self.vision_chunk)
@@ -303,14 +309,14 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         longest, limit = int(position_ids.max()) + 1, self.config.original_max_position_embeddings
         if longest - length <= limit < longest:
             raise BadInputError(
-                f"position {longest - 1} needs the long RoPE factors but the cache was filled with the short ones "
-                f"(up to {limit} positions); run the whole sequence again without a cache (generate() does)"
+                f"position {longest - 1} needs the long RoPE factors but the cache holds the short "
+                f"position {longest - 1} needs the long RoPE factors but the cache holds keys with the short "
             )
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """One step's inputs; pictures only where their tokens are, and a new cache where the factors switch."""
+        """One step's inputs: pictures where their tokens are, a new cache where the RoPE factors switch."""
         pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
@@ -335,7 +341,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _stop_at_turns(model: Phi3VForCausalLM) -> None:
-    """The published configs stop at </s>, which never comes: turns end with <|end|> (32007) or <|endoftext|>."""
+    """The published configs stop at </s>, which never comes: turns end with <|end|> or <|endoftext|>."""
     if model.config.vocab_size == PUBLISHED_VOCAB and model.generation_config.eos_token_id in (None, 2, [2]):
         model.generation_config.eos_token_id = [32007, 32000]
 

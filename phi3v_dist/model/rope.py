@@ -1,9 +1,10 @@
 """LongRoPE ("su"): cos and sin of positions, with short or long factors.
 
-Two rules choose the factors. Published: one decision a forward, long if the largest position of the whole batch
-(padding counted) is past `original_max_position_embeddings`. Packed row: one decision a document, by its own
-length. Frequencies are made in float32 from the config's numbers at the first forward and are no buffers, so
-that no cast of the model (`.to`, zero.Init, meta device) can touch them: in bf16 they would be off by radians.
+Two rules choose the factors. Published: one decision a forward, long if the largest position of the whole
+batch (padding counted) is past `original_max_position_embeddings`. Packed row: one decision a document, by
+its own length. Frequencies are made in float32 from the config's numbers at the first forward and are no
+buffers, so that no cast of the model (`.to`, zero.Init, meta device) can touch them: in bf16 they would be
+off by radians.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class LongRope:
         scaling = config.rope_scaling
         self._factors = (scaling["short_factor"], scaling["long_factor"]) if scaling else None
         stretch = config.max_position_embeddings / self.original_max
-        # On cos and sin, in the short regime too: sqrt(1 + ln(131072 / 4096) / ln(4096)) for the published model.
+        # On cos and sin, with short factors too; the published model: sqrt(1 + ln(131072 / 4096) / ln(4096)).
         scaled = self._factors is not None and stretch > 1
         self.scale = math.sqrt(1 + math.log(stretch) / math.log(self.original_max)) if scaled else 1.0
         self._inv_freq: dict[torch.device, torch.Tensor] = {}

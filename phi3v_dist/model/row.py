@@ -1,13 +1,14 @@
 """The packed row: what one micro-batch is, from the collator to the model.
 
 Whole documents one after the other in one sequence of T positions, padded only at the end. Documents never
-attend to each other, and each one gets the LongRoPE factors of its own length. Made by `data.collate`, eaten by
-`Phi3VForCausalLM.forward(row=...)`.
+attend to each other, and each one gets the LongRoPE factors of its own length. Made by `data.collate`, eaten
+by `Phi3VForCausalLM.forward(row=...)`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -39,8 +40,8 @@ class PackedRow:
     vision_calls: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
-        """The same row on `device`. cu_seqlens and grids stay on the CPU too where they are read as numbers."""
-        moved = {
+        """The same row on `device`."""
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
             for f in fields(self)
             for value in [getattr(self, f.name)]

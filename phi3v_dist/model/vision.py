@@ -1,12 +1,13 @@
 """Tiles -> CLIP -> HD layout -> projection: the vectors that take the places of image tokens.
 
-In: views (tiles and one global view per picture) as uint8 tiles to normalise here, or as published pixel values.
-Out: [image tokens, hidden_size], picture after picture. Only real tiles go through the tower, in a number of
-calls that the caller fixes, so that ZeRO-3 ranks stay in step. Called by `modeling`.
+In: views (tiles and one global view per picture) as uint8 tiles to normalise here, or as published pixel
+values. Out: [image tokens, hidden_size], picture after picture. Only real tiles go through the tower, in a
+number of calls that the caller fixes, so that ZeRO-3 ranks stay in step. Called by `modeling`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 def global_views(tiles: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
     """The global view of each picture: its normalised, padded canvas squeezed to one tile, bicubic.
 
-    tiles: uint8 [tiles, 3, S, S], picture after picture; grids: int64 [pictures, 2]. float32 [pictures, 3, S, S].
+    tiles: uint8 [tiles, 3, S, S], picture after picture; grids: int64 [pictures, 2]. float32 [pictures, 3, S,
+    S].
     """
     side = tiles.shape[-1]
     views = []
@@ -48,8 +50,8 @@ def global_views(tiles: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
 class ClipTower(CLIPVisionModel):
     """CLIP as Phi-3-V uses it: the patch features of the layer before the last, without the class token.
 
-    The last encoder layer and post_layernorm are in every checkpoint but feed nothing: 18 dead tensors, frozen
-    here (an optimizer would decay them) and skipped in forward.
+    The last encoder layer and post_layernorm are in every checkpoint but feed nothing: 18 dead tensors,
+    frozen here (an optimizer would decay them) and skipped in forward.
     """
 
     def __init__(self, config: Any) -> None:
@@ -89,6 +91,7 @@ class VisionEmbedding(nn.Module):
         self.tile = clip.image_size
         self.side = clip.image_size // clip.patch_size  # patches along a side of a tile
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor]  # set when it is enabled
         self.img_processor = ImageProcessor(config)
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, width))
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, width))
@@ -101,10 +104,10 @@ class VisionEmbedding(nn.Module):
     ) -> torch.Tensor:
         """The image vectors [image tokens, hidden_size] of pictures, in `calls` calls of the tower.
 
-        tiles: uint8 [tiles, 3, S, S] raw, or floating and normalised. globals_: [pictures, 3, S, S] normalised,
-        or None: made from uint8 tiles. grids: int64 [pictures, 2] rows and columns of tiles. Without pictures the
-        tower sees a blank view and the result is one vector [1, hidden_size] of no meaning, to be connected to the
-        loss with weight zero.
+        tiles: uint8 [tiles, 3, S, S] raw, or floating and normalised. globals_: [pictures, 3, S, S]
+        normalised, or None: made from uint8 tiles. grids: int64 [pictures, 2] rows and columns of tiles.
+        Without pictures the tower sees a blank view and the result is one vector [1, hidden_size] of no
+        meaning, to be connected to the loss with weight zero.
         """
         shapes = grids.tolist()
         if globals_ is None:
@@ -130,7 +133,7 @@ class VisionEmbedding(nn.Module):
         return self.img_projection(torch.cat(sequence))
 
     def _features(self, tiles: torch.Tensor, globals_: torch.Tensor, calls: int) -> torch.Tensor:
-        """Patch features [views, patches, width] of tiles, then global views, then blanks if calls need them."""
+        """Patch features [views, patches, width]: tiles, global views, then blanks if `calls` needs them."""
         num_tiles, num_views = len(tiles), len(tiles) + len(globals_)
         total = max(num_views, calls)
         dtype = self.glb_GN.dtype
@@ -160,13 +163,17 @@ class VisionEmbedding(nn.Module):
         return self.img_processor.vision_model(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def _merge(self, features: torch.Tensor) -> torch.Tensor:
-        """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]; 2 x 2 patches, row-major, side by side."""
+        """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]; 2 x 2 patches, row-major, side by
+        side.
+        """
         half = self.side // 2
         blocks = features.view(len(features), half, 2, half, 2, features.shape[-1])
         return blocks.transpose(2, 3).reshape(len(features), half, half, 4 * features.shape[-1])
 
     def _rows(self, merged: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-        """rows * cols views laid out as one picture, sub_GN at the end of each row of features; [tokens, 4 width]."""
+        """rows * cols views laid out as one picture, sub_GN at the end of each row of features; [tokens, 4
+        width].
+        """
         half = self.side // 2
         width = merged.shape[-1]
         picture = merged.view(rows, cols, half, half, width).transpose(1, 2)

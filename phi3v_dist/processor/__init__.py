@@ -1,1 +1,3 @@
-"""Pictures and prompts -> what the model eats: `geometry` (pure), `image`, `prompt`, `tokenizer`, `processing`."""
+"""Pictures and prompts -> what the model eats: `geometry` (pure), `image`, `prompt`, `tokenizer`,
+`processing`.
+"""

@@ -38,9 +38,11 @@ class HDGrid:
 def hd_grid(width: int, height: int, num_crops: int, tile: int = TILE) -> HDGrid:
     """The grid of a picture of width x height px cut into at most `num_crops` tiles of `tile` px.
 
-    Raises BadInputError for a picture so long and thin that its short side would shrink to nothing; the
-    published processor raises there too.
+    Raises BadInputError for a picture so long and thin that its short side would shrink to nothing (the
+    published processor raises there too), and for sizes or num_crops below 1.
     """
+    if num_crops < 1:
+        raise BadInputError(f"num_crops is {num_crops}; a picture needs at least 1 tile (4 or 16 are usual)")
     if width < 1 or height < 1:
         raise BadInputError(f"a picture of {width}x{height} px has no pixels; drop it")
     transposed = width < height
@@ -74,8 +76,8 @@ def tile_side_tokens(tile: int = TILE, patch: int = PATCH) -> int:
 
 
 def image_token_count(rows: int, cols: int, side: int = 12) -> int:
-    """Tokens of a picture of rows x cols tiles: tiles and global view, a separator per row of features and one
-    between the two.
+    """Tokens of a picture of rows x cols tiles: tiles and global view, a separator per row of features and
+    one between the two.
     """
     return (rows * cols + 1) * side * side + 1 + (rows + 1) * side
 

@@ -1,7 +1,8 @@
 """Pixels -> uint8 tiles. Pillow and numpy only; what needs float arithmetic happens later, on the device.
 
-`decode_image` is the data path (bytes from a shard, turned upright, refused when unusable). `hd_canvas` and
-`hd_tiles` do to a PIL image what the published processor does up to normalisation, bit for bit.
+`decode_image` is the data path (bytes from a shard, turned upright, refused when unusable). `hd_tiles` does
+to a PIL image what the published processor does up to normalisation, bit for bit. Both avoid copies: on a
+loaded machine fresh memory costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -22,18 +23,25 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in `data` as RGB, upright (EXIF orientation applied), transparency laid over white.
 
-    Raises BadInputError if it cannot be decoded, is animated, or has more than `max_pixels` pixels (checked
-    before decoding).
+    16-bit grey is scaled to 8 bits, CMYK converted. Raises BadInputError if it cannot be decoded, is
+    animated, or has no or more than `max_pixels` pixels (checked before decoding).
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
             width, height = opened.size
+            if width < 1 or height < 1:
+                raise BadInputError(f"a picture of {width}x{height} px has no pixels; drop it")
             if width * height > max_pixels:
-                raise BadInputError(f"{width}x{height} px is over the cap of {max_pixels} pixels")
-            if getattr(opened, "n_frames", 1) > 1:
-                raise BadInputError(f"animated picture of {opened.n_frames} frames; extract one")
+                raise BadInputError(
+                    f"{width}x{height} px is over the cap of {max_pixels} pixels; "
+                    "scale it down or raise the cap"
+                )
+            # Phones write MPO: a JPEG whose further frames are previews of the first.
+            if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
+                raise BadInputError("animated or many-page picture; extract the frame you mean")
             opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened)
     except BadInputError:
         raise
     except Exception as error:  # Pillow's decoders raise many types on damaged data
@@ -43,42 +51,48 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        if image.mode != "F" and (values.max(initial=0) > 255):
-            values = values / 257  # 16-bit grey to 8-bit; a plain convert() would clip it to white
+        # A plain convert() would clip 16 bits to white. Mode I holds 16-bit data too, from some formats.
+        if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
+            values = values / 257
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), "L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def hd_canvas(image: Image.Image, num_crops: int, tile: int = TILE) -> np.ndarray:
-    """The resized, white-padded picture, uint8 [rows * tile, cols * tile, 3]. Raises BadInputError as `hd_grid`.
-
-    Alpha is dropped and EXIF ignored, as published; `decode_image` deals with both beforehand.
-    """
-    grid = hd_grid(*image.size, num_crops, tile)
-    rgb = image.convert("RGB")
-    if grid.transposed:
-        rgb = rgb.transpose(Image.Transpose.TRANSPOSE)
-    resized = np.asarray(rgb.resize((grid.resized_width, grid.resized_height), Image.Resampling.BILINEAR))
-    height = grid.pad_top + grid.resized_height + grid.pad_bottom
-    canvas = np.full((height, grid.resized_width, 3), 255, dtype=np.uint8)
-    canvas[grid.pad_top : grid.pad_top + grid.resized_height] = resized
-    return np.ascontiguousarray(canvas.transpose(1, 0, 2)) if grid.transposed else canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def hd_tiles(image: Image.Image, num_crops: int, tile: int = TILE) -> np.ndarray:
-    """The tiles of a picture in row-major order, uint8 [rows * cols, 3, tile, tile], C-contiguous."""
-    return canvas_tiles(hd_canvas(image, num_crops, tile), tile)
+    """The tiles of the resized, white-padded picture, row-major: uint8 [rows * cols, 3, tile, tile],
+    contiguous.
 
-
-def canvas_tiles(canvas: np.ndarray, tile: int) -> np.ndarray:
-    """uint8 [rows * tile, cols * tile, 3] -> uint8 [rows * cols, 3, tile, tile], row-major, C-contiguous."""
-    rows, cols = canvas.shape[0] // tile, canvas.shape[1] // tile
-    tiles = canvas.reshape(rows, tile, cols, tile, 3).transpose(0, 2, 4, 1, 3)
-    return np.ascontiguousarray(tiles).reshape(rows * cols, 3, tile, tile)
+    Alpha is dropped and EXIF ignored, as published; `decode_image` deals with both beforehand. Raises
+    BadInputError as `hd_grid`.
+    """
+    grid = hd_grid(*image.size, num_crops, tile)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    # A portrait is resized with x and y swapped: Pillow rounds between its two passes, so the order shows.
+    swap = Image.Transpose.TRANSPOSE
+    if grid.transposed:
+        rgb = rgb.transpose(swap)
+    rgb = rgb.resize((grid.resized_width, grid.resized_height), Image.Resampling.BILINEAR)
+    if grid.transposed:
+        rgb = rgb.transpose(swap)
+    top, left = (0, grid.pad_top) if grid.transposed else (grid.pad_top, 0)
+    tiles = np.empty((grid.rows, grid.cols, 3, tile, tile), dtype=np.uint8)
+    if grid.pad_top or grid.pad_bottom:
+        tiles.fill(255)
+    for channel, band in enumerate(rgb.split()):
+        plane = np.asarray(band)
+        height, width = plane.shape
+        for row in range(grid.rows):
+            y0, y1 = max(row * tile, top), min((row + 1) * tile, top + height)
+            for col in range(grid.cols):
+                x0, x1 = max(col * tile, left), min((col + 1) * tile, left + width)
+                target = tiles[row, col, channel]
+                source = plane[y0 - top : y1 - top, x0 - left : x1 - left]
+                target[y0 - row * tile : y1 - row * tile, x0 - col * tile : x1 - col * tile] = source
+    return tiles.reshape(grid.rows * grid.cols, 3, tile, tile)
 
 
 def blank_tiles(grid: HDGrid, tile: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from phi3v_dist.model.configuration import CODE_REPOSITORY, Phi3VConfig
 from phi3v_dist.model.vision import global_views, normalise
 from phi3v_dist.processor.geometry import TILE, hd_grid, image_token_count, tile_side_tokens
 from phi3v_dist.processor.image import IMAGE_MEAN, IMAGE_STD, hd_tiles
-from phi3v_dist.processor.prompt import encode_text, image_tags
+from phi3v_dist.processor.prompt import encode, encode_text, image_tags
 from phi3v_dist.processor.tokenizer import copy_tokenizer, load_tokenizer
 from shards.format import BadInputError
 
@@ -28,7 +28,8 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 def image_inputs(images: Sequence[Image.Image], num_crops: int, tile: int = TILE) -> dict[str, torch.Tensor]:
-    """pixel_values float32 [pictures, num_crops + 1, 3, tile, tile] and image_sizes int64 [pictures, 2] (height, width).
+    """pixel_values float32 [pictures, num_crops + 1, 3, tile, tile] and image_sizes int64 [pictures, 2]
+    (height, width).
 
     View 0 is the global view, then the tiles, then zeros. Raises BadInputError as `hd_grid`.
     """
@@ -54,6 +55,10 @@ class Phi3VProcessor:
     """
 
     def __init__(self, tokenizer: Any, num_crops: int = 16, tile: int = TILE) -> None:
+        if num_crops < 1:
+            raise BadInputError(
+                f"num_crops is {num_crops}; a picture needs at least 1 tile (4 or 16 are usual)"
+            )
         self.tokenizer = tokenizer
         self.num_crops = num_crops
         self.tile = tile
@@ -72,6 +77,11 @@ class Phi3VProcessor:
         Raises BadInputError if tags and pictures do not match, or a picture cannot be cut into tiles.
         """
         if images is None or (not isinstance(images, Image.Image) and not len(images)):
+            for one in [text] if isinstance(text, str) else text:
+                if image_tags(one):
+                    raise BadInputError(
+                        "the text names <|image_1|> but there are no images; pass them, or drop the tag"
+                    )
             encoded = self.tokenizer(
                 text,
                 padding=padding,
@@ -84,11 +94,15 @@ class Phi3VProcessor:
             raise BadInputError("with images, text must be one string; call the processor once per prompt")
         if isinstance(images, Image.Image):
             images = [images]
+        if padding or truncation or max_length is not None:
+            warnings.warn(
+                "padding, truncation and max_length do nothing with images, as published", stacklevel=2
+            )
         tags = image_tags(text)
         if tags != sorted(tags):
             warnings.warn(
-                f"the text names pictures in the order {tags}, but the model takes them in the order of `images`; "
-                "pass them in the order of their tags",
+                f"the text names pictures in the order {tags} but the model takes them in the order of "
+                "`images`; pass them in the order of their tags",
                 stacklevel=2,
             )
         pictures = image_inputs(images, self.num_crops, self.tile)
@@ -102,6 +116,26 @@ class Phi3VProcessor:
         side = tile_side_tokens(self.tile)
         grids = [hd_grid(*image.size, self.num_crops, self.tile) for image in images]
         return [image_token_count(grid.rows, grid.cols, side) for grid in grids]
+
+    def training_inputs(
+        self, messages: Sequence[dict[str, str]], images: Sequence[Image.Image] = (), template: str = "chat"
+    ) -> dict[str, Any]:
+        """The packed-friendly form of a conversation: ids and labels, and uint8 tiles instead of float views.
+
+        input_ids, labels: int64 [L]; tiles: uint8 [tiles, 3, tile, tile]; grids: int64 [pictures, 2]. The
+        tiles of a picture take 3 * tile^2 bytes each, an eighth to a quarter of what __call__ hands over.
+        Raises BadInputError as `encode`.
+        """
+        encoded = encode(self.tokenizer, messages, self.image_tokens(images), template=template)
+        grids = [hd_grid(*image.size, self.num_crops, self.tile) for image in images]
+        tiles = [torch.from_numpy(hd_tiles(image, self.num_crops, self.tile)) for image in images]
+        blank = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
+        return {
+            "input_ids": torch.tensor(encoded.input_ids),
+            "labels": torch.tensor(encoded.labels),
+            "tiles": torch.cat(tiles) if tiles else blank,
+            "grids": torch.tensor([[g.rows, g.cols] for g in grids], dtype=torch.int64).view(-1, 2),
+        }
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         """The tokenizer's."""
@@ -131,7 +165,9 @@ class Phi3VProcessor:
         return cls(load_tokenizer(directory), num_crops, tile)
 
     def save_pretrained(self, directory: str | Path, **_: Any) -> None:
-        """Writes preprocessor_config.json and the tokenizer's files; config.json (the tile side) is the model's."""
+        """Writes preprocessor_config.json and the tokenizer's files; config.json (the tile side) is the
+        model's.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_preprocessor_config(directory, self.num_crops, tile_side_tokens(self.tile) ** 2)
@@ -150,7 +186,7 @@ def read_num_crops(directory: str | Path) -> int:
 
 
 def write_preprocessor_config(directory: Path, num_crops: int, image_tokens: int = 144) -> None:
-    """preprocessor_config.json in the published layout; image_tokens: tokens of one view without separators."""
+    """preprocessor_config.json in the published layout; image_tokens: of one view, without separators."""
     config = {
         "auto_map": {
             "AutoProcessor": f"{CODE_REPOSITORY}--processing_phi3_v.Phi3VProcessor",

@@ -16,6 +16,10 @@ from shards.format import BadInputError
 
 IGNORE = -100
 _TAG = re.compile(r"<\|image_(\d+)\|>")
+# What ends a turn. "chat" is the published chat template; "seed" is the layout of the product fine-tuning
+# script published in the Phi-3 cookbook, which has no newline after a turn.
+TEMPLATES = {"chat": "<|end|>\n", "seed": "<|end|>"}
+CONTROL_TOKENS = ("<|assistant|>", "<|user|>", "<|system|>", "<|end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,27 @@ class Encoded:
     labels: list[int]
 
 
-def render(messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
-    """The published chat template."""
-    text = "".join(f"<|{m['role']}|>\n{m['content']}<|end|>\n" for m in messages)
+def render(
+    messages: Sequence[dict[str, str]], add_generation_prompt: bool = False, template: str = "chat"
+) -> str:
+    """The text of a conversation in one of TEMPLATES; with `add_generation_prompt` the assistant is to go on.
+
+    Raises BadInputError for an unknown template.
+    """
+    if template not in TEMPLATES:
+        raise BadInputError(f"no prompt template {template!r}; choose one of {', '.join(TEMPLATES)}")
+    text = "".join(f"<|{m['role']}|>\n{m['content']}{TEMPLATES[template]}" for m in messages)
     if add_generation_prompt and messages[-1]["role"] != "assistant":
         text += "<|assistant|>\n"
     return text
+
+
+def seed_messages(title: object, category: object, price: object) -> list[dict[str, str]]:
+    """A product as that script has it: `render(..., template="seed")` gives its text byte for byte."""
+    return [
+        {"role": "user", "content": "<|image_1|>What is shown in this image?"},
+        {"role": "assistant", "content": f"Product: {title}, Category: {category}, Full Price: {price}"},
+    ]
 
 
 def image_tags(text: str) -> list[int]:
@@ -44,15 +63,13 @@ def image_tags(text: str) -> list[int]:
 def encode_text(tokenizer: Any, text: str, image_tokens: Sequence[int]) -> list[int]:
     """Ids of a rendered text with image K as image_tokens[K - 1] copies of -K.
 
-    Raises BadInputError if the tags are not exactly <|image_1|>..<|image_n|> for n pictures.
+    Raises BadInputError if the tags are not exactly <|image_1|>..<|image_n|> for n pictures; order and
+    repetition are the caller's concern, as published.
     """
     pieces = _TAG.split(text)
     tags = [int(k) for k in pieces[1::2]]
     if sorted(set(tags)) != list(range(1, len(image_tokens) + 1)):
-        named = ", ".join(f"<|image_{k}|>" for k in tags) or "none"
-        raise BadInputError(
-            f"{len(image_tokens)} picture(s) but the text names {named}; name <|image_1|>..<|image_n|>, one each"
-        )
+        raise BadInputError(_mismatch(tags, len(image_tokens)))
     ids: list[int] = []
     for place, piece in enumerate(pieces):
         if place % 2:
@@ -67,30 +84,47 @@ def encode(
     messages: Sequence[dict[str, str]],
     image_tokens: Sequence[int],
     add_generation_prompt: bool = False,
+    template: str = "chat",
 ) -> Encoded:
     """Ids and labels of a conversation; image_tokens[K - 1] is the number of tokens of picture K.
 
-    Raises BadInputError if the tags do not match the pictures, or a message's text holds a turn token of the
-    chat template (it would be learnt as, or taken for, a turn of its own).
+    Raises BadInputError if the tags are not <|image_1|>..<|image_n|>, once each and in this order (the model
+    takes pictures in order of appearance), if one stands in a reply, or if a message's text holds a control
+    token (it would be learnt as, or taken for, the end of a turn).
     """
     for place, message in enumerate(messages):
-        for token in ("<|assistant|>", "<|user|>", "<|system|>", "<|end|>"):
-            if token in message["content"]:
+        for control in CONTROL_TOKENS:
+            if control in message["content"]:
                 raise BadInputError(
-                    f"message {place} holds the control token {token}; remove it from the text"
+                    f"message {place} holds the control token {control}; remove it from the text"
                 )
-    ids = encode_text(tokenizer, render(messages, add_generation_prompt), image_tokens)
+        if message["role"] == "assistant" and image_tags(message["content"]):
+            raise BadInputError(
+                f"message {place}: an image tag stands in a reply; move it to the user's turn"
+            )
+    tags = [k for message in messages for k in image_tags(message["content"])]
+    if tags != list(range(1, len(image_tokens) + 1)):
+        raise BadInputError(_mismatch(tags, len(image_tokens)))
+    ids = encode_text(tokenizer, render(messages, add_generation_prompt, template), image_tokens)
+    return Encoded(ids, _reply_labels(tokenizer, ids))
+
+
+def _reply_labels(tokenizer: Any, ids: list[int]) -> list[int]:
     assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     labels = [IGNORE] * len(ids)
-    inside = False
+    start = None  # of the reply being read
     for place, token in enumerate(ids):
-        if inside:
-            labels[place] = token
-            inside = token != end
-        else:
-            inside = token == assistant
-    if inside:  # the open reply of a generation prompt
-        last = len(ids) - 1 - ids[::-1].index(assistant)
-        labels[last + 1 :] = [IGNORE] * (len(ids) - last - 1)
-    return Encoded(ids, labels)
+        if token == assistant:
+            start = place + 1
+        elif token == end and start is not None:
+            labels[start : place + 1] = ids[start : place + 1]
+            start = None
+    return labels  # the open reply of a generation prompt has no end, hence no labels
+
+
+def _mismatch(tags: list[int], pictures: int) -> str:
+    named = " ".join(f"<|image_{k}|>" for k in tags) or "none"
+    wanted = " ".join(f"<|image_{k}|>" for k in range(1, min(pictures, 3) + 1)) or "no image tag"
+    wanted += f" .. <|image_{pictures}|>" if pictures > 3 else ""
+    return f"{pictures} picture(s) but the text names {named}; it must name {wanted}, once each and in order"

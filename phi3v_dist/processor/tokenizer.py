@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from shards.format import BadInputError
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{'<|' + message['role'] + '|>' + '\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% for message in messages %}"
+    "{{'<|' + message['role'] + '|>' + '\\n' + message['content'] + '<|end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
     "{{- '<|assistant|>\\n' -}}{% endif %}"
 )
@@ -41,7 +42,8 @@ _TINY_TOKENS = {
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint directory (tokenizer.json), with Phi-3's special tokens and chat template.
+    """The tokenizer of a checkpoint directory (tokenizer.json), with Phi-3's special tokens and chat
+    template.
 
     Raises BadInputError if there is no tokenizer.json or it lacks Phi-3's turn tokens.
     """
@@ -88,8 +90,8 @@ def save_tokenizer_config(directory: Path) -> None:
 def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> None:
     """Trains a small BPE on `texts` for a tiny model and writes it to `directory`; deterministic.
 
-    Normaliser, decoder, `<s>` before every piece and the special tokens are Phi-3's; ids are its own. Words do
-    not merge with each other and digits stay single.
+    Normaliser, decoder, `<s>` before every piece and the special tokens are Phi-3's; ids are its own. Words
+    do not merge with each other and digits stay single.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE

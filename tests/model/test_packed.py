@@ -1,4 +1,6 @@
-"""A packed row is its documents, each as if it were alone: logits, loss, gradients, RoPE factors, tower calls."""
+"""A packed row is its documents, each as if it were alone: logits, loss, gradients, RoPE factors, tower
+calls.
+"""
 
 import copy
 from dataclasses import fields, replace

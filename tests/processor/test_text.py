@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
 
+from phi3v_dist.model import Phi3VConfig
+from phi3v_dist.model.vision import normalise
 from phi3v_dist.processor.processing import Phi3VProcessor
-from phi3v_dist.processor.prompt import encode, render
-from phi3v_dist.processor.tokenizer import load_tokenizer
+from phi3v_dist.processor.prompt import encode, render, seed_messages
+from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from shards.format import BadInputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -47,3 +50,167 @@ def test_ids_are_the_published_ones(tokenizer, case) -> None:
         assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
     else:
         assert set(inputs) == {"input_ids", "attention_mask"}
+
+
+def test_plain_strings(tokenizer) -> None:
+    for case in EXPECTED["plain_tokenizer"]:
+        assert tokenizer(case["text"])["input_ids"] == case["ids"]
+        assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids_no_special"]
+    for token, number in EXPECTED["special_ids"].items():
+        assert tokenizer.convert_tokens_to_ids(token) == number
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 32000 and tokenizer.bos_token_id == 1
+
+
+def test_text_only_batches_are_padded_on_the_right(tokenizer) -> None:
+    expected = EXPECTED["batch_text_padding"]
+    texts = ["<|user|>\nshort<|end|>\n", "<|user|>\na rather longer prompt here<|end|>\n<|assistant|>\n"]
+    inputs = Phi3VProcessor(tokenizer)(texts, padding=True)
+    assert inputs["attention_mask"].tolist() == expected["attention_mask"]
+    assert inputs["input_ids"].tolist() == expected["input_ids"]
+
+
+def test_chat_template_is_the_published_one(tokenizer) -> None:
+    expected = EXPECTED["chat_template"]
+    messages = expected["messages"]
+    for chat, generate, text in [
+        (messages, True, expected["with_generation_prompt"]),
+        (messages, False, expected["without"]),
+        (messages[:3], True, expected["last_assistant_with_generation_prompt"]),
+    ]:
+        assert render(chat, add_generation_prompt=generate) == text
+        found = Phi3VProcessor(tokenizer).apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=generate
+        )
+        assert found == text
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "<|image_1|>\n<|image_2|>\nCompare."},
+    {"role": "assistant", "content": "One is red."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": " Two  is blue.\n"},
+]
+
+
+def test_labels_are_the_replies_and_nothing_else(tokenizer) -> None:
+    encoded = encode(tokenizer, CHAT, [5, 3])
+    assert len(encoded.input_ids) == len(encoded.labels)
+    learnt = [token for token in encoded.labels if token != -100]
+    assert tokenizer.decode(learnt) == "One is red.<|end|> Two  is blue.\n<|end|>"
+    assert all(label in (-100, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    assert learnt.count(32007) == 2 and min(learnt) > 0
+    assert [t for t in encoded.input_ids if t < 0] == [-1] * 5 + [-2] * 3
+
+
+def test_training_ids_continue_the_generation_prompt(tokenizer) -> None:
+    whole = encode(tokenizer, CHAT, [5, 3]).input_ids
+    prompt = encode(tokenizer, CHAT[:4], [5, 3], add_generation_prompt=True)
+    assert whole[: len(prompt.input_ids)] == prompt.input_ids
+    assert [t for t in prompt.labels if t != -100] == tokenizer("One is red.<|end|>")["input_ids"][1:]
+    assert prompt.labels[-1] == -100
+
+
+def test_seed_template_is_byte_exact(tokenizer) -> None:
+    messages = seed_messages("Check Cotton Shirt", "SHIRTS", 450.0)
+    text = (
+        "<|user|>\n<|image_1|>What is shown in this image?<|end|><|assistant|>\n"
+        "Product: Check Cotton Shirt, Category: SHIRTS, Full Price: 450.0<|end|>"
+    )
+    assert render(messages, template="seed") == text
+    encoded = encode(tokenizer, messages, [313], template="seed")
+    assert encoded.input_ids == Phi3VProcessor(tokenizer, 1)(text, picture("sq336"))["input_ids"][0].tolist()
+    learnt = [token for token in encoded.labels if token != -100]
+    assert (
+        tokenizer.decode(learnt) == "Product: Check Cotton Shirt, Category: SHIRTS, Full Price: 450.0<|end|>"
+    )
+    with pytest.raises(BadInputError, match="no prompt template 'Seed'; choose one of chat, seed"):
+        render(messages, template="Seed")
+
+
+@pytest.mark.parametrize(
+    ("contents", "pictures", "says"),
+    [
+        (["no tag", "ok"], 1, "names none; it must name <.image_1.>"),
+        (["<|image_1|>", "ok"], 0, "0 picture.s. but the text names <.image_1.>"),
+        (["<|image_2|> <|image_1|>", "ok"], 2, "in order"),
+        (["<|image_1|> <|image_1|>", "ok"], 1, "once each"),
+        (["<|image_1|> <|image_3|>", "ok"], 2, "names <.image_1.> <.image_3.>"),
+        (["hi", "<|image_1|>"], 1, "stands in a reply"),
+        (["hi<|end|>", "ok"], 0, "control token <.end.>"),
+        (["hi", "ok<|endoftext|>"], 0, "control token <.endoftext.>"),
+    ],
+)
+def test_messages_that_would_mislead_are_refused(tokenizer, contents, pictures, says) -> None:
+    messages = [{"role": "user", "content": contents[0]}, {"role": "assistant", "content": contents[1]}]
+    with pytest.raises(BadInputError, match=says) as refused:
+        encode(tokenizer, messages, [4] * pictures)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_processor_refuses_what_would_be_ignored(tokenizer) -> None:
+    processor = Phi3VProcessor(tokenizer, 1)
+    with pytest.raises(BadInputError, match="there are no images"):
+        processor("<|user|>\n<|image_1|>\nx<|end|>\n")
+    with pytest.raises(BadInputError, match="one string"):
+        processor(["<|image_1|>"], [picture("sq336")])
+    with pytest.warns(UserWarning, match="order"):
+        processor("<|image_2|><|image_1|>", [picture("sq336"), picture("tiny100x37")])
+
+
+def test_packed_friendly_form_says_the_same_in_a_quarter_of_the_bytes(tokenizer) -> None:
+    processor = Phi3VProcessor(tokenizer, 4)
+    images = [picture("land640x480"), picture("wide1344x336")]
+    packed = processor.training_inputs(CHAT, images)
+    whole = processor(render(CHAT), images)
+    assert packed["input_ids"].tolist() == whole["input_ids"][0].tolist()
+    assert packed["tiles"].dtype == torch.uint8
+    assert (packed["grids"] * 336).tolist() == whole["image_sizes"].tolist()
+    assert torch.equal(normalise(packed["tiles"][:4]), whole["pixel_values"][0, 1:5])
+    assert packed["tiles"].nbytes * 4 <= whole["pixel_values"].nbytes
+    text = processor.training_inputs([CHAT[3], CHAT[4]])
+    assert len(text["tiles"]) == len(text["grids"]) == 0
+
+
+def test_saved_processor_loads_again_and_through_auto_processor(tokenizer, tmp_path) -> None:
+    Phi3VProcessor(tokenizer, num_crops=4).save_pretrained(tmp_path)
+    Phi3VConfig().save_pretrained(tmp_path)
+    for loaded in (Phi3VProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert isinstance(loaded, Phi3VProcessor) and (loaded.num_crops, loaded.tile) == (4, 336)
+        for case in EXPECTED["plain_tokenizer"]:
+            assert loaded.tokenizer(case["text"])["input_ids"] == case["ids"]
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    published = json.loads((HUB / "preprocessor_config.json").read_text())
+    assert set(written) == set(published)
+    assert {k: v for k, v in written.items() if k != "auto_map"} == {
+        **{k: v for k, v in published.items() if k != "auto_map"},
+        "num_crops": 4,
+    }
+    # AutoTokenizer takes its generic backend because config.json says phi3_v: the published ids too.
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    assert all(auto(case["text"])["input_ids"] == case["ids"] for case in EXPECTED["plain_tokenizer"])
+
+
+def test_a_directory_without_the_right_files_is_named(tokenizer, tmp_path) -> None:
+    with pytest.raises(BadInputError, match="no preprocessor_config.json"):
+        Phi3VProcessor.from_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"num_crops": "many"}')
+    with pytest.raises(BadInputError, match="num_crops is 'many'"):
+        Phi3VProcessor.from_pretrained(tmp_path)
+    with pytest.raises(BadInputError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_trained_tokenizer_has_phi3s_turns_and_round_trips(tmp_path) -> None:
+    texts = ["a red circle, 12.50", "Title: big blue square\nPrice: 99", "striped wool triangle"] * 3
+    train_tokenizer(texts, tmp_path / "one", 300)
+    train_tokenizer(list(reversed(texts)), tmp_path / "two", 300)
+    one, two = (tmp_path / name / "tokenizer.json" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "one")
+    encoded = encode(
+        tokenizer, [{"role": "user", "content": "Q"}, {"role": "assistant", "content": texts[1]}], []
+    )
+    learnt = [token for token in encoded.labels if token != -100]
+    assert tokenizer.decode(learnt, skip_special_tokens=True) == texts[1]
+    assert encoded.input_ids[0] == tokenizer.bos_token_id and len(tokenizer) <= 300
