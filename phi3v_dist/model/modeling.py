@@ -309,8 +309,8 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         longest, limit = int(position_ids.max()) + 1, self.config.original_max_position_embeddings
         if longest - length <= limit < longest:
             raise BadInputError(
-                f"position {longest - 1} needs the long RoPE factors but the cache holds the short "
-                f"position {longest - 1} needs the long RoPE factors but the cache holds keys with the short "
+                f"position {longest - 1} needs the long RoPE factors but the cached keys have the short ones "
+                f"(up to {limit} positions); run the whole sequence without a cache, as generate() does"
             )
 
     def prepare_inputs_for_generation(
@@ -320,9 +320,12 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
-        if past and self._switches_factors(past, input_ids.shape[1], kwargs.get("attention_mask")):
-            kwargs.update(past_key_values=DynamicCache(), next_sequence_length=None)
-            past = 0
+        if past:
+            stale = self._switches_factors(past, input_ids.shape[1], kwargs.get("attention_mask"))
+            more_pictures = is_first_iteration and bool((input_ids[:, past:] < 0).any())  # of a further turn
+            if stale or more_pictures:
+                kwargs.update(past_key_values=DynamicCache(), next_sequence_length=None)
+                past = 0
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )

@@ -41,13 +41,13 @@ def tiny_config(**changes: object) -> Phi3VConfig:
     return Phi3VConfig(**{**fields, **changes})
 
 
-def tiny_model(seed: int = 0, **changes: object) -> Phi3VForCausalLM:
-    """Random weights, separators included, so that every parameter matters."""
+def tiny_model(seed: int = 0, spread: float = 0.05, **changes: object) -> Phi3VForCausalLM:
+    """Random weights, separators included, so that every parameter matters; `spread`: how wild they are."""
     torch.manual_seed(seed)
     model = Phi3VForCausalLM(tiny_config(**changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+            parameter.add_(torch.randn_like(parameter), alpha=spread)
     return model.eval()
 
 
