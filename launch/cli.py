@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 bad config or usage (one line on the standard error), 3 st
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from launch.cli_launch import app as launch_app
 from launch.cli_shards import app as shards_app
 from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, DivergedError, PreemptedError, record_exit
 from shards.format import BadInputError
@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Full fine-tuning of Phi-3-Vision-128K on clusters: shards, ZeRO-3 training, evaluation, export.",
 )
 app.add_typer(shards_app, name="shards")
+app.add_typer(launch_app, name="launch")
 
 Config = Annotated[str, typer.Argument(help="YAML file, such as configs/tiny.yaml")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="dotted overrides, such as train.lr=1e-5")]
@@ -84,16 +85,11 @@ def evaluate(
 
     Example: phi3v evaluate runs/demo runs/demo/data/shards
     """
-    import torch
-
     from phi3v_dist.evaluate import evaluate as evaluate_model
     from phi3v_dist.evaluate import write_evaluation
-    from phi3v_dist.restore import find_source, restore
+    from phi3v_dist.restore import find_source, restore_for_answers
 
-    cuda = torch.cuda.is_available()
-    restored = restore(
-        find_source(model), "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32
-    )
+    restored = restore_for_answers(find_source(model))
     result = evaluate_model(restored, dataset, split, samples, swap, batch_size, max_new_tokens)
     if out is not None:
         write_evaluation(result, out)
@@ -123,6 +119,49 @@ def export(
     if dtype not in (None, "bfloat16", "float32"):
         raise BadInputError(f"--dtype {dtype}: use bfloat16 or float32")
     print(f"exported to {export_model(find_source(model), out, dtype)}")
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model directory")],
+    picture: Annotated[Path, typer.Argument(help="an image file")],
+    prompt: Annotated[str, typer.Option(help="the question; the picture goes in front unless it has a tag")] = (
+        "What is shown in this image?"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+) -> None:
+    """Show a model one picture and print its answer.
+
+    Example: phi3v ask runs/demo/export shoe.jpg --prompt "What is this?"
+    """
+    from phi3v_dist.evaluate import ask as ask_model
+    from phi3v_dist.restore import find_source, restore_for_answers
+
+    if not picture.is_file():
+        raise BadInputError(f"{picture}: no such file")
+    restored = restore_for_answers(find_source(model))
+    print(ask_model(restored, picture.read_bytes(), prompt, max_new_tokens))
+
+
+@app.command()
+def demo(
+    config: Annotated[str, typer.Option(help="the run's config")] = "configs/tiny.yaml",
+    rows: Annotated[int, typer.Option(help="products in the catalogue")] = 2000,
+    overrides: Overrides = None,
+) -> None:
+    """The whole job at tiny size on this machine: drawn catalogue, shards, ZeRO-3 training, evaluation, export.
+
+    Run it again after an interruption: it goes on where it stopped.
+    """
+    from launch.demo import StageError, run_demo
+
+    try:
+        code = run_demo(config, rows, overrides or [])
+    except StageError as error:
+        print(f"phi3v: {error}", file=sys.stderr)
+        code = error.code
+    if code:
+        raise SystemExit(code)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from phi3v_dist.processor.processing import Phi3VProcessor
 from phi3v_dist.processor.prompt import render
 from phi3v_dist.restore import Restored
 from shards.atomic import write_atomically
-from shards.format import BadInputError, read_index
+from shards.format import BadInputError, image_tags, read_index
 
 _COLUMNS = ["key", "shard", "images", "messages"]
 
@@ -87,6 +87,18 @@ def answer(
         for i, reply in zip(together, ids[:, batch["input_ids"].shape[1] :], strict=True):
             replies[i] = processor.tokenizer.decode(reply, skip_special_tokens=True).strip()
     return replies
+
+
+def ask(restored: Restored, picture: bytes, prompt: str, max_new_tokens: int) -> str:
+    """The reply to one question about one picture (the bytes of an image file).
+
+    Raises BadInputError for a picture that cannot be decoded.
+    """
+    if not image_tags([{"role": "user", "content": prompt}]):
+        prompt = f"<|image_1|>\n{prompt}"
+    rendered = render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    question = Question("", rendered, "", (decode_image(picture),))
+    return answer(restored.model, restored.processor, [question], 1, max_new_tokens)[0]
 
 
 def _pad_left(

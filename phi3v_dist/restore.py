@@ -78,6 +78,13 @@ def restore(source: Source, device: torch.device | str, dtype: torch.dtype) -> R
     return Restored(model.to(device).eval(), config, processor(source))
 
 
+def restore_for_answers(source: Source) -> Restored:
+    """On the GPU in bfloat16 if there is one, else on the CPU in float32."""
+    if torch.cuda.is_available():
+        return restore(source, "cuda", torch.bfloat16)
+    return restore(source, "cpu", torch.float32)
+
+
 def model_config(source: Source) -> Phi3VConfig:
     if source.is_checkpoint:
         return Phi3VConfig(**checkpoint.read_meta(source.directory)["model_config"])

@@ -4,8 +4,13 @@ instead of skipping where PHI3V_REQUIRE_SYSTEM=1 says that they were installed (
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
+
+from shards.build import BuildOptions, build
+from shards.sample import make_catalogue
 
 
 @pytest.hookimpl(wrapper=True)
@@ -18,3 +23,32 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skipped, but PHI3V_REQUIRE_SYSTEM=1: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 60 drawn products, train and val; read only."""
+    root = tmp_path_factory.mktemp("products")
+    make_catalogue(root / "catalogue", 60, seed=1)
+    options = BuildOptions(group_by="product_code", shard_samples=25)
+    build(str(root / "catalogue/products.csv"), str(root / "shards"), options)
+    return root / "shards"
+
+
+@pytest.fixture
+def tiny_config(products: Path, tmp_path: Path) -> Path:
+    """configs/tiny.yaml, smaller still, on `products`; its run directory is tmp_path/runs/tiny."""
+    tree = yaml.safe_load((Path(__file__).parents[1] / "configs/tiny.yaml").read_text())
+    tree["name"], tree["runs_dir"] = "tiny", str(tmp_path / "runs")
+    tree["model"]["config"] |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    factors = tree["model"]["config"]["rope_scaling"]
+    tree["model"]["config"]["rope_scaling"] = {k: v[:8] if isinstance(v, list) else v for k, v in factors.items()}
+    tree["model"]["config"]["clip_vision_config"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    tree["data"] |= {"path": str(products), "seq_len": 256}
+    tree["train"] |= {"steps": 6, "warmup_steps": 2}
+    tree["checkpoint"] = {"every_steps": 3}
+    tree["eval"] |= {"every_steps": 0, "loss_samples": 6, "generate_samples": 3, "max_new_tokens": 8}
+    tree["track"] = {"log_every": 1, "mode": "disabled"}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file

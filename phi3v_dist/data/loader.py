@@ -8,6 +8,7 @@ not notice; its reason travels with the row. Called by the train loop and evalua
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,7 @@ def load_rows(
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=False,
         **options,
     )
@@ -136,5 +137,8 @@ def _unchanged(row: LoadedRow) -> LoadedRow:
     return row
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Slurm signals every process of a step; the train loop decides when to stop, and still needs its rows then.
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -232,6 +232,8 @@ class RankRows(Sequence[MicroRow]):
         return (self.end_step - self.first_step) * self.plan.global_batch // self.dp_size
 
     def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
         step, micro = divmod(place, self.plan.global_batch // self.dp_size)
         if step != self._step:
             rows = self.plan.step(self.first_step + step, self.end_row)

@@ -1,0 +1,38 @@
+"""Starts real ranks for tests: torchrun over gloo, with a time limit; nothing outlives the call."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+
+def start_ranks(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "launch.cli", "train", str(config), *overrides]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120.0) -> tuple[int, str]:
+    """torchrun's exit code and all output."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout} s:\n{output[-3000:]}") from None
+    return process.returncode, output
+
+
+def run_ranks(config: Path, ranks: int, *overrides: str) -> str:
+    """Trains to the end; returns the output."""
+    code, output = finish(start_ranks(config, ranks, *overrides))
+    assert code == 0, output[-3000:]
+    return output
