@@ -86,7 +86,16 @@ class Phi3VConfig(PretrainedConfig):
         kwargs.pop("auto_map", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if not isinstance(self.clip_vision_config, dict | None):
+            raise BadInputError(
+                f"config: clip_vision_config is {self.clip_vision_config!r}, expected its fields"
+            )
         clip = {**CLIP_L_14_336, **(self.clip_vision_config or {})}
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.get("type", scaling.get("rope_type")) in ("su", "longrope"):
+            factors = {name: scaling.get(name) for name in ("long_factor", "short_factor")}
+            self.rope_scaling = {**factors, "type": "su"}
+        self._check(clip)
         if self.img_processor is None:
             self.img_processor = {
                 "image_dim_out": clip["hidden_size"],
@@ -96,14 +105,18 @@ class Phi3VConfig(PretrainedConfig):
             }
         if self.embd_layer is None:
             self.embd_layer = dict(_EMBD_LAYER)
-        scaling = self.rope_scaling
-        if scaling is not None and scaling.get("type", scaling.get("rope_type")) in ("su", "longrope"):
-            factors = {name: scaling.get(name) for name in ("long_factor", "short_factor")}
-            self.rope_scaling = {**factors, "type": "su"}
         super().__post_init__(**kwargs)
-        self._check(clip)
 
     def _check(self, clip: dict[str, Any]) -> None:
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        sizes |= {f"clip_vision_config.{name}": clip[name] for name in _CLIP_SIZES}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise BadInputError(f"config: {name} is {value!r}, expected a whole number from 1")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or value <= 0:
+                raise BadInputError(f"config: {name} is {value!r}, expected a number above 0")
         heads, groups = self.num_attention_heads, self.num_key_value_heads or 1
         if self.hidden_size % heads or heads % groups:
             raise BadInputError(
@@ -184,6 +197,24 @@ class Phi3VConfig(PretrainedConfig):
         return self.to_dict()
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
+_CLIP_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 _PUBLISHED = (
     "attention_dropout",
     "bos_token_id",

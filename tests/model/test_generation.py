@@ -119,7 +119,13 @@ def test_the_picture_is_seen_once_and_again_after_the_switch(tiny) -> None:
 def test_beam_search_crosses_the_limit(tiny) -> None:
     model = tiny.model(seed=3, spread=0.2)
     inputs = inputs_of(tiny, 11, 12, ((1, 1),))
-    options = {"max_new_tokens": 25, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 150}
+    options = {
+        "max_new_tokens": 25,
+        "num_beams": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 150,
+    }
     cached = model.generate(**inputs, **options)
     assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
 
@@ -160,13 +166,20 @@ def test_a_cache_of_short_factors_is_not_continued_with_long_ones(tiny) -> None:
 @torch.no_grad()
 def test_the_boundary_of_the_published_model(tiny) -> None:
     """4,096 short positions, as published, at tiny width."""
-    model = tiny.model(seed=5, spread=0.2, original_max_position_embeddings=4096, max_position_embeddings=131072)
+    model = tiny.model(
+        seed=5, spread=0.2, original_max_position_embeddings=4096, max_position_embeddings=131072
+    )
     ids = torch.randint(4, 140, (1, 4094), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = greedy(model, inputs, 5)
     for use_cache in (True, False):
         found = model.generate(
-            **inputs, max_new_tokens=5, do_sample=False, use_cache=use_cache, eos_token_id=None, pad_token_id=150
+            **inputs,
+            max_new_tokens=5,
+            do_sample=False,
+            use_cache=use_cache,
+            eos_token_id=None,
+            pad_token_id=150,
         )
         assert torch.equal(found, expected)
 
