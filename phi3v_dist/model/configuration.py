@@ -170,6 +170,16 @@ class Phi3VConfig(PretrainedConfig):
                     f"config: rope_scaling.{name} has {found}, head_dim {head_dim} needs {head_dim // 2}"
                 )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but a config of another model is refused (BadInputError), not reinterpreted."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise BadInputError(
+                f"config: model_type is {found!r}, expected 'phi3_v'; not a Phi-3-V checkpoint"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def clip_config(self) -> CLIPVisionConfig:
         """The tower's CLIPVisionConfig: ViT-L/14-336 with what `clip_vision_config` changes."""
         return CLIPVisionConfig(**{**CLIP_L_14_336, **(self.clip_vision_config or {})})

@@ -26,7 +26,7 @@ from transformers import __version__ as transformers_version
 from transformers import initialization
 
 from phi3v_dist.model.configuration import Phi3VConfig
-from phi3v_dist.model.modeling import Phi3VForCausalLM
+from phi3v_dist.model.modeling import EMBEDDING_ALIAS, Phi3VForCausalLM
 from phi3v_dist.processor.geometry import tile_side_tokens
 from phi3v_dist.processor.processing import write_preprocessor_config
 from phi3v_dist.processor.tokenizer import load_tokenizer, save_tokenizer_config
@@ -35,8 +35,6 @@ from shards.format import BadInputError
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# The published code keeps a second reference to the embedding; some trainers write it out.
-_ALIASES = ("model.vision_embed_tokens.wte.weight",)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,13 +54,8 @@ def load_config(directory: str | Path) -> Phi3VConfig:
         raise BadInputError(f"{directory}: no {CONFIG}; give the directory of a Phi-3-V checkpoint") from None
     except (OSError, json.JSONDecodeError) as error:
         raise BadInputError(f"{file}: not readable as JSON ({error}); download it again") from error
-    found = fields.get("model_type") if isinstance(fields, dict) else None
-    if found != Phi3VConfig.model_type:
-        raise BadInputError(
-            f"{file}: model_type is {found!r}, expected 'phi3_v'; this is not a Phi-3-V checkpoint"
-        )
     try:
-        return Phi3VConfig.from_dict(fields)
+        return Phi3VConfig.from_dict({"model_type": None, **fields})
     except BadInputError as error:
         raise BadInputError(f"{file}: {error}") from error
     except (TypeError, ValueError) as error:
@@ -114,7 +107,7 @@ def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
                 if name in where:
                     raise BadInputError(f"{directory}: tensor {name} is in two files; remove the stale one")
                 where[name] = opened
-        _check_names(directory, set(where) - set(_ALIASES), set(parameters))
+        _check_names(directory, set(where) - {EMBEDDING_ALIAS}, set(parameters))
         for name, parameter in parameters.items():
             shape = tuple(where[name].get_slice(name).get_shape())
             expected = tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -38,6 +39,8 @@ from shards.format import BadInputError
 
 IGNORE = -100
 PUBLISHED_VOCAB = 32064
+# The published code keeps a second reference to the embedding; some trainers write it out.
+EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"
 
 
 class LossHead(nn.Linear):
@@ -115,13 +118,23 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         _stop_at_turns(self)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; dead tensors are frozen, and generation stops at <|end|> in any case."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(cls, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but strict: BadInputError names a tensor that is missing or unexpected, where
+        transformers would go on with random weights. Generation stops at <|end|> in any case.
+        """
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise BadInputError(
+                f"{name}: a truncated or damaged weight file ({error}); fetch it again"
+            ) from error
+        for key, what in (("missing_keys", "is missing"), ("unexpected_keys", "is unexpected")):
+            names = set(info[key]) - {EMBEDDING_ALIAS}
+            if names:
+                raise BadInputError(f"{name}: tensor {min(names)} {what}; not a complete Phi-3-V checkpoint")
         model.model.vision_embed_tokens.img_processor.vision_model.freeze_dead()  # loading unfreezes them
         _stop_at_turns(model)
-        return loaded
+        return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

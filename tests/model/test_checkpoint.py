@@ -1,4 +1,4 @@
-"""Hub directories: written, read back bit for bit by every road, and refused with one line when they are wrong."""
+"""Hub directories: written, read back bit for bit by every road, refused in one line when they are wrong."""
 
 import json
 import shutil
@@ -178,6 +178,15 @@ def test_wrong_configs_are_refused_in_one_line(checkpoint, tmp_path, fields, say
     assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
 
 
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, tmp_path) -> None:
+    copy = damaged(checkpoint, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    for load in (Phi3VConfig.from_pretrained, Phi3VForCausalLM.from_pretrained):
+        with pytest.raises(BadInputError, match="model_type is 'llama', expected 'phi3_v'"):
+            load(copy)
+
+
 def test_missing_or_broken_config_is_refused(tmp_path) -> None:
     with pytest.raises(BadInputError, match=r"no config\.json"):
         load_config(tmp_path)
@@ -215,6 +224,9 @@ def test_wrong_tensors_are_named(checkpoint, tmp_path, change, says) -> None:
     with pytest.raises(BadInputError, match=says) as refused:
         load_weights(model, copy)
     assert "\n" not in str(refused.value)
+    if change is not _other_shape:  # transformers refuses that one itself
+        with pytest.raises(BadInputError, match=says):
+            Phi3VForCausalLM.from_pretrained(copy)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 100_000])
@@ -226,6 +238,8 @@ def test_truncated_files_are_named(checkpoint, tmp_path, keep) -> None:
     with pytest.raises(BadInputError, match="model.safetensors: truncated or not safetensors") as refused:
         load_weights(model, copy)
     assert "\n" not in str(refused.value)
+    with pytest.raises(BadInputError, match="truncated or damaged weight file"):
+        Phi3VForCausalLM.from_pretrained(copy)
 
 
 def test_missing_weights_and_shards_are_named(checkpoint, tmp_path) -> None:

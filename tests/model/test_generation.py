@@ -1,4 +1,4 @@
-"""generate(): greedy is the argmax of full forwards, with and without cache, across the switch of RoPE factors."""
+"""generate(): greedy is the argmax of full forwards, with and without cache, across the factor switch."""
 
 import pytest
 import torch
