@@ -39,3 +39,11 @@ def node(config: Config, overrides: Overrides = None) -> None:
     from launch.cluster import run_cluster_node
 
     raise typer.Exit(run_cluster_node(config, overrides or [], os.environ))
+
+
+@app.command("check-node")
+def check_node(config: Config, overrides: Overrides = None) -> None:
+    """Look whether this node is fit for the run (slurm/train.sh calls this on every node)."""
+    from launch import health
+
+    raise typer.Exit(health.check_node(config, overrides or [], os.environ))

@@ -69,6 +69,7 @@ requeue() {
     if ((restarts >= ${PHI3V_MAX_REQUEUES:-50})); then
         die "$1" "requeued $restarts times, the most that PHI3V_MAX_REQUEUES allows; submit again to go on"
     fi
+    trap '' TERM USR1 # ignored by the commands below as well: Slurm ends this job's processes now
     scontrol requeue "$SLURM_JOB_ID" || die "$1" "Slurm refused to requeue; submit the same command to go on"
     if [[ -n "${2:-}" ]]; then # possible once the job is pending; this script has KillWait seconds left
         local known
