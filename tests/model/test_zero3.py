@@ -37,7 +37,14 @@ def ranks(tiny, tmp_path_factory) -> Path:
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
         + [str(program), str(directory)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            # The published model's tensors are freed to the system at once; let these small ones be too.
+            "MALLOC_MMAP_THRESHOLD_": "262144",
+        },
         capture_output=True,
         text=True,
         timeout=150,
@@ -58,15 +65,11 @@ def test_each_rank_holds_and_reads_about_its_share(ranks) -> None:
     whole = (ranks / "big/model.safetensors").stat().st_size
     assert whole > 100_000_000
     for rank, result in enumerate(results(ranks)):
-        private, mapped = result["private"], result["mapped"]
-        print(
-            f"rank {rank}: private {private / whole:.2f}, mapped {mapped / whole:.2f} of {whole / 1e6:.0f} MB"
-        )
+        private, read = result["private"] / whole, result["read"] / whole
+        print(f"rank {rank}: read {read:.2f}, private memory {private:.2f} of {whole / 1e6:.0f} MB")
         assert result["held"] <= whole * 1.01 / RANKS
-        assert private <= whole * 1.25 / RANKS  # its slices and one layer at a time
-        # Pages of the file it looked at; the kernel maps up to 64 KiB more at both ends of a slice.
-        edges = 2 * 65536 * result["tensors"]
-        assert 0 < mapped <= whole * 1.05 / RANKS + edges
+        assert read <= 1.02 / RANKS  # whole rows of the tensors
+        assert private <= 1.25 / RANKS  # its slices and one layer at a time
 
 
 def test_two_steps_equal_one_process(ranks) -> None:

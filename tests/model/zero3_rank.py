@@ -1,8 +1,8 @@
 """One rank of test_zero3.py, started by torchrun: python zero3_rank.py DIRECTORY.
 
 DIRECTORY holds `big` and `tiny`, two hub directories, and `rows.pt`, one packed row per rank. Writes
-DIRECTORY/rank-R.json: what loading `big` took, whether the bits are right, and `tiny`'s losses and weights after
-two steps.
+DIRECTORY/rank-R.json: what loading `big` took, whether the bits are right, `tiny`'s losses of two steps; and
+DIRECTORY/weights.pt, its weights after them.
 """
 
 import gc
@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from phi3v_dist.model import hub
 from phi3v_dist.model.hub import build_model, load_config, load_weights
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler and 24 s
@@ -35,14 +37,12 @@ def zero_config(dtype: torch.dtype) -> dict:
 
 
 class Memory:
-    """What this process takes while it is open, bytes: peak growth of its private memory, and peak residence of
-    mapped weight files.
-    """
+    """Peak growth of this process's private memory while it is open, bytes."""
 
     def __enter__(self) -> "Memory":
         gc.collect()
         self.base = private_bytes()
-        self.private = self.mapped = 0
+        self.peak = 0
         self.stop = False
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
@@ -50,8 +50,7 @@ class Memory:
 
     def watch(self) -> None:
         while not self.stop:
-            self.private = max(self.private, private_bytes() - self.base)
-            self.mapped = max(self.mapped, mapped_bytes())
+            self.peak = max(self.peak, private_bytes() - self.base)
             time.sleep(0.002)
 
     def __exit__(self, *exception: object) -> None:
@@ -64,10 +63,34 @@ def private_bytes() -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
 
-def mapped_bytes() -> int:
-    maps = Path("/proc/self/smaps").read_text()
-    sizes = re.findall(r"\.safetensors\n(?:[A-Z].*\n)*?Rss:\s+(\d+) kB", maps)
-    return sum(map(int, sizes)) * 1024
+class CountingFile:
+    """A safetensors handle that counts the bytes it hands out."""
+
+    read = 0
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def keys(self) -> list[str]:
+        return list(self.handle.keys())
+
+    def get_slice(self, name: str) -> "CountingFile":
+        return CountingFile(self.handle.get_slice(name))
+
+    def get_shape(self) -> list[int]:
+        return self.handle.get_shape()
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        values = self.handle[rows]
+        CountingFile.read += values.nbytes
+        return values
+
+    def __enter__(self) -> "CountingFile":
+        self.handle.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.handle.__exit__(*exception)
 
 
 def bits_are_right(model: torch.nn.Module, file: Path) -> bool:
@@ -83,10 +106,12 @@ def main(directory: Path) -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = dist.get_rank()
     result: dict = {}
+    hub.safe_open = lambda *arguments: CountingFile(safe_open(*arguments))
     with Memory() as memory:
         big = build_model(load_config(directory / "big"), torch.float32, zero_config(torch.float32))
         load_weights(big, directory / "big")
-    result |= {"private": memory.private, "mapped": memory.mapped, "tensors": len(list(big.parameters()))}
+    hub.safe_open = safe_open
+    result |= {"private": memory.peak, "read": CountingFile.read}
     result["held"] = sum(p.ds_tensor.nbytes for p in big.parameters())
     result["right"] = bits_are_right(big, directory / "big/model.safetensors")
     del big
