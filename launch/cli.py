@@ -1,7 +1,7 @@
 """The command line, `phi3v`. Each command is a thin function that imports its room when it runs.
 
-Exit codes: 0 done, 2 bad config or usage (one line on the standard error), 3 stopped by a signal after a checkpoint,
-4 training diverged or data unusable, others a crash.
+Exit codes: 0 done, 2 bad config or usage (one line on the standard error), 3 stopped by a signal after a
+checkpoint, 4 training diverged or data unusable, others a crash.
 """
 
 from __future__ import annotations
@@ -10,13 +10,22 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from launch.cli_launch import app as launch_app
 from launch.cli_shards import app as shards_app
-from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, DivergedError, PreemptedError, record_exit
+from phi3v_dist.exits import (
+    CRASHED,
+    DIVERGED,
+    DONE,
+    PREEMPTED,
+    USAGE,
+    DivergedError,
+    PreemptedError,
+    record_exit,
+)
 from shards.format import BadInputError
 
 app = typer.Typer(
@@ -29,7 +38,7 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(launch_app, name="launch")
 
 Config = Annotated[str, typer.Argument(help="YAML file, such as configs/tiny.yaml")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="dotted overrides, such as train.lr=1e-5")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as train.lr=1e-5")]
 
 
 @app.command()
@@ -75,9 +84,13 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model directory")],
     dataset: Annotated[str, typer.Argument(help="a dataset directory of phi3v shards build")],
     split: Annotated[str, typer.Option(help="the split to answer")] = "val",
-    samples: Annotated[Optional[int], typer.Option(help="so many of its samples, evenly spread; default all")] = None,
-    swap: Annotated[bool, typer.Option(help="answer once more with the pictures swapped between samples")] = True,
-    out: Annotated[Optional[Path], typer.Option(help="directory for scores.json and predictions.jsonl")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="so many of its samples, evenly spread; default all")
+    ] = None,
+    swap: Annotated[
+        bool, typer.Option(help="answer once more with the pictures swapped between samples")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="directory for scores.json and predictions.jsonl")] = None,
     batch_size: Annotated[int, typer.Option(help="questions answered together")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 64,
 ) -> None:
@@ -107,7 +120,7 @@ def _shown(value: float | int | None) -> str:
 def export(
     model: Annotated[str, typer.Argument(help="a run or a checkpoint")],
     out: Annotated[Path, typer.Argument(help="directory to make")],
-    dtype: Annotated[Optional[str], typer.Option(help="bfloat16 or float32; default: as trained")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: as trained")] = None,
 ) -> None:
     """Write a trained model in the published layout: safetensors, config, tokenizer, processor.
 
@@ -125,9 +138,9 @@ def export(
 def ask(
     model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model directory")],
     picture: Annotated[Path, typer.Argument(help="an image file")],
-    prompt: Annotated[str, typer.Option(help="the question; the picture goes in front unless it has a tag")] = (
-        "What is shown in this image?"
-    ),
+    prompt: Annotated[
+        str, typer.Option(help="the question; the picture goes in front unless it has a tag")
+    ] = ("What is shown in this image?"),
     max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
 ) -> None:
     """Show a model one picture and print its answer.
@@ -149,7 +162,8 @@ def demo(
     rows: Annotated[int, typer.Option(help="products in the catalogue")] = 2000,
     overrides: Overrides = None,
 ) -> None:
-    """The whole job at tiny size on this machine: drawn catalogue, shards, ZeRO-3 training, evaluation, export.
+    """The whole job at tiny size on this machine: drawn catalogue, shards, ZeRO-3 training, evaluation,
+    export.
 
     Run it again after an interruption: it goes on where it stopped.
     """

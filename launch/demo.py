@@ -1,7 +1,9 @@
-"""`phi3v demo`: the whole job at tiny size, from drawn pictures to an exported model, each stage with real parts.
+"""`phi3v demo`: the whole job at tiny size, from drawn pictures to an exported model, each stage with real
+parts.
 
-In: where to put the run, how many products, config overrides. Out: RUN/summary.json and a table. Every stage finds out by
-itself what is done already, so a killed demo goes on where it stopped. Called by the command line.
+In: where to put the run, how many products, config overrides. Out: RUN/summary.json and a table. Every stage
+finds out by itself what is done already, so a killed demo goes on where it stopped. Called by the command
+line.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from launch.local import launch_local
 from phi3v_dist.config import RunConfig, load_config
 from phi3v_dist.exits import DONE
 from shards.atomic import write_atomically
-from shards.format import BadInputError, read_index
+from shards.format import read_index
 
 SUMMARY = "summary.json"
 _SECONDS = "demo-seconds.json"
@@ -34,8 +36,8 @@ _STAGES = ("sample", "build", "train", "evaluate", "export")
 def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
     """Runs the stages that are not done; returns the exit code of the first that fails, else 0.
 
-    rows: products in the catalogue. The dataset is made where the config's data.path says, the catalogue beside
-    it. Raises BadInputError for a config that cannot be used.
+    rows: products in the catalogue. The dataset is made where the config's data.path says, the catalogue
+    beside it. Raises BadInputError for a config that cannot be used.
     """
     config = load_config(config_path, overrides)
     run_dir, dataset = config.run_dir, Path(config.data.path)
@@ -61,7 +63,9 @@ def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
         _show(["launch", "local", config_path, *overrides])
         code = launch_local(config_path, overrides)
     if code != DONE:
-        console.print(f"Training ended with exit code {code}; run the demo again to go on from its checkpoint.")
+        console.print(
+            f"Training ended with exit code {code}; run the demo again to go on from its checkpoint."
+        )
         return code
     with clock.stage("evaluate"):
         before, after = _evaluate(run_dir, dataset)
@@ -156,7 +160,9 @@ def _show(arguments: Sequence[str]) -> None:
 
 def _check(arguments: Sequence[str], process: subprocess.Popen[str], output: str) -> None:
     if process.returncode:
-        raise StageError(process.returncode, f"phi3v {arguments[0]} ended with exit code {process.returncode} {output}")
+        raise StageError(
+            process.returncode, f"phi3v {arguments[0]} ended with exit code {process.returncode} {output}"
+        )
 
 
 class StageError(RuntimeError):

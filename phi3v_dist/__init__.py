@@ -1,4 +1,5 @@
-"""Training of Phi-3-Vision: config, model, processor, data, parallelism, loop, checkpoints, evaluation, export.
+"""Training of Phi-3-Vision: config, model, processor, data, parallelism, loop, checkpoints, evaluation,
+export.
 
 The only thing taken from `shards` is the shard format. `launch` starts what is here.
 """

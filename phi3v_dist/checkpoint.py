@@ -1,9 +1,9 @@
 """Checkpoints: per-parameter slices that any number of ranks can read, complete or absent.
 
-A checkpoint `checkpoints/step-000123/` holds one safetensors file per rank (that rank's slices of the float32 master
-weights, of Adam's moments and of the frozen weights), `meta.json` (progress, hyper-parameters, shapes, file sizes, the
-model's configuration), the tokenizer, and `COMPLETE`, written last; the directory gets its name only then. `latest`
-names the newest.
+A checkpoint `checkpoints/step-000123/` holds one safetensors file per rank (that rank's slices of the float32
+master weights, of Adam's moments and of the frozen weights), `meta.json` (progress, hyper-parameters, shapes,
+file sizes, the model's configuration), the tokenizer, and `COMPLETE`, written last; the directory gets its
+name only then. `latest` names the newest.
 
 DeepSpeed's own format does not load at another world size, and its universal one loses the parameter groups'
 hyper-parameters (0.19.8); hence this one. It reads ZeRO-3's internals, so DeepSpeed is pinned exactly.
@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +54,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a checkpoint must know of its model. config: fields of Phi3VConfig. tokenizer_dir: its files are copied."""
+    """What a checkpoint must know of its model. config: fields of Phi3VConfig. tokenizer_dir: its files are
+    copied.
+    """
 
     config: dict[str, Any]
     num_crops: int
@@ -66,25 +68,34 @@ def checkpoint_name(step: int) -> str:
 
 
 def save(
-    engine: Any, folder: Path, progress: Progress, card: ModelCard, run: dict[str, Any], mesh: Mesh, keep_last: int
+    engine: Any,
+    folder: Path,
+    progress: Progress,
+    card: ModelCard,
+    run: dict[str, Any],
+    mesh: Mesh,
+    keep_last: int,
 ) -> Path:
-    """Writes FOLDER/step-N from all ranks together and returns its path; then removes all but the `keep_last` newest.
+    """Writes FOLDER/step-N from all ranks together and returns its path; then removes all but the `keep_last`
+    newest.
 
     run: what else to keep (the resolved configuration, versions).
     Raises BadInputError on every rank if any rank could not write; what was there before is untouched.
     """
     target = folder / checkpoint_name(progress.step)
     partial = folder / f".{target.name}.partial"
-    fault: str | None = None
-    if mesh.is_main:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            fault = str(error)
-    _agree(mesh.from_main(fault), target)
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def publish() -> None:
+        _publish(engine, partial, target, progress, card, run, {n: s for n, s, _ in written})
+        _remove_old(folder, keep_last)
+
+    mesh.on_main(lambda: _writing(target, prepare))
     name = f"rank-{mesh.rank:05d}.safetensors"
-    size = 0
+    size, fault = 0, None
     try:
         save_file(_slices(engine), partial / name)
         with (partial / name).open("rb+") as stream:
@@ -93,19 +104,17 @@ def save(
     except (OSError, SafetensorError) as error:
         fault = f"rank {mesh.rank}: {error}"
     written = mesh.gather((name, size, fault))
-    _agree(next((f for _, _, f in written if f), None), target)
-    if mesh.is_main:
-        try:
-            _publish(engine, partial, target, progress, card, run, {n: s for n, s, _ in written})
-            _remove_old(folder, keep_last)
-        except OSError as error:
-            fault = str(error)
-    _agree(mesh.from_main(fault), target)
+    faults = [each for _, _, each in written if each is not None]
+    if faults:
+        raise BadInputError(_cannot_write(target, faults[0]))
+    mesh.on_main(lambda: _writing(target, publish))
     return target
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, None if there is none. A damaged one is passed over, aloud."""
+    """The newest complete checkpoint in `folder`, None if there is none. A damaged one is passed over,
+    aloud.
+    """
     for target in sorted(folder.glob("step-*"), reverse=True):
         fault = _fault(target)
         if fault is None:
@@ -128,8 +137,8 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
         if ours != theirs:
             different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
             raise BadInputError(
-                f"{target}: of another model: {len(different)} parameters differ, the first is {different[0]} "
-                f"({theirs.get(different[0])} elements there, {ours.get(different[0])} here)"
+                f"{target}: of another model: {len(different)} parameters differ, the first is "
+                f"{different[0]} ({theirs.get(different[0])} elements there, {ours.get(different[0])} here)"
             )
         for name, parameter, flat, offset, count in _trainable(engine):
             state = optimizer.state[flat]
@@ -164,7 +173,9 @@ def read_meta(target: Path) -> dict[str, Any]:
 
 
 def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every parameter whole: the float32 master weights, frozen ones in their own dtype. One at a time."""
+    """Yields every parameter whole: the float32 master weights, frozen ones in their own dtype. One at a
+    time.
+    """
     meta = read_meta(target)
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
@@ -216,7 +227,9 @@ class _Slices:
                 for rank in range(meta["world_size"])
             ]
         except (SafetensorError, OSError) as error:
-            raise BadInputError(f"{target}: damaged ({error}); delete it to fall back to the one before") from error
+            raise BadInputError(
+                f"{target}: damaged ({error}); delete it to fall back to the one before"
+            ) from error
 
     def fill(self, key: str, part: torch.Tensor, rank: int) -> None:
         """Fills `part`, which is piece number `rank` of the flattened tensor, each as long as `part`.
@@ -305,6 +318,12 @@ def _fault(target: Path) -> str | None:
     return None
 
 
-def _agree(fault: str | None, target: Path) -> None:
-    if fault is not None:
-        raise BadInputError(f"{target}: cannot be written ({fault}); make room, earlier checkpoints are intact")
+def _writing(target: Path, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except OSError as error:
+        raise BadInputError(_cannot_write(target, str(error))) from error
+
+
+def _cannot_write(target: Path, fault: str) -> str:
+    return f"{target}: cannot be written ({fault}); make room, earlier checkpoints are intact"

@@ -59,9 +59,9 @@ class DataConfig(Section):
     """What is trained on.
 
     path: a dataset directory of `phi3v shards build`. seq_len: positions of a packed row. num_crops: most
-    tiles of a picture. over_long: what happens to samples longer than seq_len. workers: processes that decode,
-    per rank; 0 decodes in the training process. prefetch: rows ahead, per worker. max_bad_fraction: part of
-    the samples seen so far that may be unreadable before the run stops with exit code 4.
+    tiles of a picture. over_long: what happens to samples longer than seq_len. workers: processes that
+    decode, per rank; 0 decodes in the training process. prefetch: rows ahead, per worker. max_bad_fraction:
+    part of the samples seen so far that may be unreadable before the run stops with exit code 4.
     """
 
     path: str
@@ -110,8 +110,8 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How the work is spread over ranks by ZeRO-3.
 
-    persistence_threshold: parameters with fewer elements stay whole on every rank. timeout_s: seconds before a
-    collective that waits for a lost rank fails.
+    persistence_threshold: parameters with fewer elements stay whole on every rank. timeout_s: seconds before
+    a collective that waits for a lost rank fails.
     """
 
     persistence_threshold: int = Field(100_000, ge=0)
@@ -119,7 +119,9 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """every_steps: optimizer steps between checkpoints; the last step always has one. keep_last: newest kept."""
+    """every_steps: optimizer steps between checkpoints; the last step always has one. keep_last: newest
+    kept.
+    """
 
     every_steps: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
@@ -138,7 +140,9 @@ class EvalConfig(Section):
 
 
 class TrackConfig(Section):
-    """W&B and the log. mode auto: online when WANDB_API_KEY is set, else offline. log_every: optimizer steps."""
+    """W&B and the log. mode auto: online when WANDB_API_KEY is set, else offline. log_every: optimizer
+    steps.
+    """
 
     project: str = "phi3v"
     entity: str | None = None

@@ -1,8 +1,9 @@
-"""What a model answers: generation on a split (never teacher-forced), its scores, and what to hold them against.
+"""What a model answers: generation on a split (never teacher-forced), its scores, and what to hold them
+against.
 
-`answer` writes the replies of a model to samples. `evaluate` scores a model on a split, beside a constant predictor
-and the same model with the pictures swapped between samples. `Validation` does both loss and answers in the train
-loop, on all ranks. Called by the train loop and `phi3v evaluate`.
+`answer` writes the replies of a model to samples. `evaluate` scores a model on a split, beside a constant
+predictor and the same model with the pictures swapped between samples. `Validation` does both loss and
+answers in the train loop, on all ranks. Called by the train loop and `phi3v evaluate`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Question:
 def read_questions(root: str, records: Sequence[dict[str, Any]]) -> list[Question]:
     """The samples of `records` (rows of the index of the dataset in `root`) with their pictures.
 
-    Raises BadInputError naming a sample whose picture cannot be read: leaving it out would flatter the scores.
+    Raises BadInputError naming a sample whose picture cannot be read: leaving it out would flatter the
+    scores.
     """
     reader = SampleReader(root)
     questions = []
@@ -81,7 +83,9 @@ def answer(
     replies = [""] * len(questions)
     for start in range(0, len(order), batch_size):
         together = order[start : start + batch_size]
-        batch = _pad_left([inputs[i] for i in together], processor.tokenizer.pad_token_id, model.device, model.dtype)
+        batch = _pad_left(
+            [inputs[i] for i in together], processor.tokenizer.pad_token_id, model.device, model.dtype
+        )
         with torch.inference_mode():
             ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         for i, reply in zip(together, ids[:, batch["input_ids"].shape[1] :], strict=True):
@@ -120,7 +124,9 @@ def _pad_left(
 
 
 def swap_pictures(questions: Sequence[Question], seed: int) -> list[Question]:
-    """The same questions, each with the pictures of another one that has as many; one without a partner keeps its own."""
+    """The same questions, each with the pictures of another one that has as many; one without a partner keeps
+    its own.
+    """
     swapped = list(questions)
     by_count: dict[int, list[int]] = {}
     for place, question in enumerate(questions):
@@ -135,8 +141,8 @@ def swap_pictures(questions: Sequence[Question], seed: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores: of the model; swapped: with pictures swapped between samples; baseline: of a constant answer made
-    from the train split.
+    """scores: of the model; swapped: with pictures swapped between samples; baseline: of a constant answer
+    made from the train split.
     """
 
     scores: Scores
@@ -208,9 +214,9 @@ def _spread(total: int, wanted: int | None) -> list[int]:
 class Validation:
     """Loss and answers on the val split during training, on all ranks together; `run` at any step.
 
-    The loss goes through the ZeRO-3 engine over packed rows. For the answers the weights are gathered once into
-    a plain copy of the model on every rank, and each rank answers its share: ZeRO-3 would gather every layer
-    for every token. The copy is made at the first call and kept.
+    The loss goes through the ZeRO-3 engine over packed rows. For the answers the weights are gathered once
+    into a plain copy of the model on every rank, and each rank answers its share: ZeRO-3 would gather every
+    layer for every token. The copy is made at the first call and kept.
     """
 
     def __init__(self, config: RunConfig, origin: Origin, engine: Any, mesh: Mesh) -> None:
@@ -223,7 +229,9 @@ class Validation:
         tile = origin.model_config.tile
         costs = sample_costs(self._index, origin.tokenizer, data.num_crops, tile)
         self._plan = (
-            Plan(costs, data.seq_len, 0, mesh.dp_size, shuffle=False, over_long="drop") if len(costs) else None
+            Plan(costs, data.seq_len, 0, mesh.dp_size, shuffle=False, over_long="drop")
+            if len(costs)
+            else None
         )
         self._maker = RowMaker(
             data.path, self._index, origin.tokenizer, data.num_crops, tile, origin.tokenizer.pad_token_id
@@ -244,7 +252,13 @@ class Validation:
     def _loss(self, plan: Plan) -> float:
         end_row = plan.end_row(1)
         mine = RankRows(
-            plan, self._mesh.dp_rank, self._mesh.dp_size, self._config.model.vision_chunk, 0, plan.steps_of(1), end_row
+            plan,
+            self._mesh.dp_rank,
+            self._mesh.dp_size,
+            self._config.model.vision_chunk,
+            0,
+            plan.steps_of(1),
+            end_row,
         )
         reader = SampleReader(self._config.data.path)
         nll = targets = 0.0
@@ -267,7 +281,11 @@ class Validation:
         mine = questions[self._mesh.dp_rank :: self._mesh.dp_size]
         model = self._gather()
         evaluation = self._config.eval
-        replies = answer(model, self._processor, mine, evaluation.batch_size, evaluation.max_new_tokens) if mine else []
+        replies = (
+            answer(model, self._processor, mine, evaluation.batch_size, evaluation.max_new_tokens)
+            if mine
+            else []
+        )
         shares = self._mesh.gather(replies)
         rows = []
         for place, question in enumerate(questions):

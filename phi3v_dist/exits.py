@@ -1,7 +1,8 @@
-"""Exit codes of every phi3v process, the exceptions that end a run with one of them, and how a launcher learns it.
+"""Exit codes of every phi3v process, the exceptions that end a run with one of them, and how a launcher
+learns it.
 
-torchrun exits 1 whatever its ranks exit with, so rank 0 leaves its code in the run directory; launchers and the
-container's first process read it there.
+torchrun exits 1 whatever its ranks exit with, so rank 0 leaves its code in the run directory; launchers and
+the container's first process read it there.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def record_exit(run_dir: Path, code: int, reason: str) -> None:
 
 
 def recorded_exit(run_dir: Path, since: float) -> int | None:
-    """The code that rank 0 recorded at or after `since` (seconds since the epoch), None if it recorded none."""
+    """The code that rank 0 recorded at or after `since` (seconds since the epoch), None if it recorded
+    none.
+    """
     try:
         fields = json.loads((run_dir / EXIT_FILE).read_text())
         return int(fields["code"]) if fields["time"] >= since else None

@@ -1,8 +1,8 @@
 """A trained model as others load it: a directory in the published layout, checked by loading it again.
 
-In: a run, a checkpoint or a model directory. Out: safetensors with the official names, config, tokenizer, preprocessor
-and generation config, and README.md that says where it comes from. One tensor at a time is in memory beside the shard
-being written. Called by `phi3v export`.
+In: a run, a checkpoint or a model directory. Out: safetensors with the official names, config, tokenizer,
+preprocessor and generation config, and README.md that says where it comes from. One tensor at a time is in
+memory beside the shard being written. Called by `phi3v export`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000) -> Path:
     """Writes `source`, a checkpoint, to the directory `out`; returns it.
 
-    dtype: "bfloat16" or "float32"; None: the one that the run trained in. Raises BadInputError if `source` is no
-    checkpoint or `out` holds something.
+    dtype: "bfloat16" or "float32"; None: the one that the run trained in. Raises BadInputError if `source` is
+    no checkpoint or `out` holds something.
     """
     if not source.is_checkpoint:
-        raise BadInputError(f"{source.directory}: is a model directory already; export takes a run or a checkpoint")
+        raise BadInputError(
+            f"{source.directory}: is a model directory already; export takes a run or a checkpoint"
+        )
     if out.exists() and any(out.iterdir()):
         raise BadInputError(f"{out}: is not empty; choose another directory or remove it")
     meta = checkpoint.read_meta(source.directory)

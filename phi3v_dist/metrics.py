@@ -1,7 +1,7 @@
 """What an answer is worth: product fields read out of texts, and the scores over a set of answers. Pure.
 
-An answer holds lines `Title: ...`, `Category: ...`, `Price: ...`; truth is read from the reference reply in the same
-way. Called by evaluation.
+An answer holds lines `Title: ...`, `Category: ...`, `Price: ...`; truth is read from the reference reply in
+the same way. Called by evaluation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Scores:
 
 
 def parse_price(text: str) -> float | None:
-    """The price in `text`: currency signs and thousands commas allowed; None unless it holds exactly one number."""
+    """The price in `text`: currency signs and thousands commas allowed; None unless it holds exactly one
+    number.
+    """
     numbers = _NUMBER.findall(text)
     return float(numbers[0].replace(",", "")) if len(numbers) == 1 else None
 
@@ -78,7 +80,9 @@ def score(truths: Sequence[str], answers: Sequence[str]) -> Scores:
 
 
 def constant_answer(replies: Sequence[str]) -> str:
-    """The best answer that never looks at a picture: most frequent title and category, median price of `replies`."""
+    """The best answer that never looks at a picture: most frequent title and category, median price of
+    `replies`.
+    """
     products = [parse_product(reply) for reply in replies]
     title = Counter(p.title for p in products if p.title).most_common(1)
     category = Counter(p.category for p in products if p.category).most_common(1)

@@ -1,4 +1,5 @@
-"""Which parameters learn how fast, and when: parameter groups and the learning-rate schedule. Pure arithmetic and names.
+"""Which parameters learn how fast, and when: parameter groups and the learning-rate schedule. Pure arithmetic
+and names.
 
 Called by the train loop.
 """
@@ -18,7 +19,9 @@ _PROJECTOR = "model.vision_embed_tokens."
 
 
 def group_of(name: str) -> Group:
-    """The group of a parameter by its official name: vision tower, projector (with the separators), decoder."""
+    """The group of a parameter by its official name: vision tower, projector (with the separators),
+    decoder.
+    """
     if name.startswith(_VISION):
         return "vision"
     return "projector" if name.startswith(_PROJECTOR) else "decoder"
@@ -34,7 +37,8 @@ def freeze(model: torch.nn.Module, groups: Sequence[Group]) -> None:
 def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW's groups of the parameters that learn: by group and, within it, with and without weight decay.
 
-    Vectors (norms, biases, separators) are not decayed. Each group has "name" and "lr_scale" for the schedule.
+    Vectors (norms, biases, separators) are not decayed. Each group has "name" and "lr_scale" for the
+    schedule.
     """
     found: dict[tuple[Group, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

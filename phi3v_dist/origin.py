@@ -1,8 +1,9 @@
-"""Where a run starts: the directory with its first weights and its tokenizer, made on the spot for a new model.
+"""Where a run starts: the directory with its first weights and its tokenizer, made on the spot for a new
+model.
 
 In: the configuration. Out: `Origin`. For `model.path` nothing is copied. For `model.config`, RUN/init gets a
-directory in the published layout with weights drawn from the seed and, without `model.tokenizer`, a tokenizer trained
-on the train split. Called by the train loop.
+directory in the published layout with weights drawn from the seed and, without `model.tokenizer`, a tokenizer
+trained on the train split. Called by the train loop.
 """
 
 from __future__ import annotations
@@ -37,30 +38,37 @@ class Origin:
 def prepare_origin(config: RunConfig, run_dir: Path, mesh: Mesh) -> Origin:
     """Makes what is missing on the main rank, then reads it on all.
 
-    Raises BadInputError: no such directory, not a Phi-3-V checkpoint, a vocabulary smaller than the tokenizer.
+    Raises BadInputError: no such directory, not a Phi-3-V checkpoint, a vocabulary smaller than the
+    tokenizer.
     """
-    if mesh.is_main:
-        tokenizer_dir = _tokenizer_dir(config, run_dir)
-        if config.model.config is not None and not (run_dir / INIT / "config.json").exists():
-            init_random_checkpoint(
-                _new_config(config.model.config, load_tokenizer(tokenizer_dir)),
-                run_dir / INIT,
-                seed=config.seed,
-                dtype=torch.float32,
-                num_crops=config.data.num_crops,
-                tokenizer_dir=tokenizer_dir,
-            )
-    mesh.barrier()
-    model_dir = Path(config.model.path) if config.model.path is not None else run_dir / INIT
-    tokenizer_dir = _tokenizer_dir(config, run_dir)
+    model_dir, tokenizer_dir = mesh.on_main(lambda: _make(config, run_dir))
     model_config = load_config(model_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     if len(tokenizer) > model_config.vocab_size:
         raise BadInputError(
-            f"{tokenizer_dir}: {len(tokenizer)} tokens, but the model's vocab_size is {model_config.vocab_size}; "
-            "use the model's own tokenizer"
+            f"{tokenizer_dir}: {len(tokenizer)} tokens, more than the model's vocab_size "
+            f"{model_config.vocab_size}; use the model's own tokenizer"
         )
     return Origin(model_dir, model_config, tokenizer_dir, tokenizer)
+
+
+def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
+    """(model_dir, tokenizer_dir), made where they are missing."""
+    tokenizer_dir = _tokenizer_dir(config, run_dir)
+    if config.model.path is not None:
+        load_config(config.model.path)
+        load_tokenizer(tokenizer_dir)
+        return Path(config.model.path), tokenizer_dir
+    if not (run_dir / INIT / "config.json").exists():
+        init_random_checkpoint(
+            _new_config(config.model.config or {}, load_tokenizer(tokenizer_dir)),
+            run_dir / INIT,
+            seed=config.seed,
+            dtype=torch.float32,
+            num_crops=config.data.num_crops,
+            tokenizer_dir=tokenizer_dir,
+        )
+    return run_dir / INIT, tokenizer_dir
 
 
 def _tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:

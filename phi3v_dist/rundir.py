@@ -41,7 +41,9 @@ def open_run_dir(config: RunConfig, data_fingerprint: str) -> Path | None:
             _check_same(run_dir, config, data_fingerprint, read_meta(checkpoint)["run"])
         write_atomically(record, config_json(config).encode())
     except OSError as error:
-        raise BadInputError(f"{run_dir}: cannot write ({error.strerror or error}); choose another runs_dir") from error
+        raise BadInputError(
+            f"{run_dir}: cannot write ({error.strerror or error}); choose another runs_dir"
+        ) from error
     return checkpoint
 
 

@@ -1,7 +1,7 @@
 """Where the numbers go: metrics.jsonl always, W&B when it can, one line for whoever watches.
 
-In: dicts of metrics with the optimizer step. Called by the train loop on the main rank. W&B never stops a run: its
-failures are logged once and it is left alone from then on.
+In: dicts of metrics with the optimizer step. Called by the train loop on the main rank. W&B never stops a
+run: its failures are logged once and it is left alone from then on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 class Tracker:
     """The metrics of a run; `log`, `log_predictions`, `close`.
 
-    from_step: the step that the run goes on from; lines of later steps, left by a killed process, are cut off.
-    about: what the W&B run's configuration holds beside the resolved configuration.
+    from_step: the step that the run goes on from; lines of later steps, left by a killed process, are cut
+    off. about: what the W&B run's configuration holds beside the resolved configuration.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, from_step: int, about: dict[str, Any]) -> None:
@@ -62,7 +62,9 @@ class Tracker:
                 self._give_up(error)
 
     def log_predictions(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Adds rows to the table eval/predictions: picture (PIL image), prompt, truth, prediction, price_error."""
+        """Adds rows to the table eval/predictions: picture (PIL image), prompt, truth, prediction,
+        price_error.
+        """
         if self._run is None:
             return
         try:
@@ -73,7 +75,12 @@ class Tracker:
                 self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
             for row in rows:
                 self._table.add_data(
-                    step, wandb.Image(row["picture"]), row["prompt"], row["truth"], row["prediction"], row["price_error"]
+                    step,
+                    wandb.Image(row["picture"]),
+                    row["prompt"],
+                    row["truth"],
+                    row["prediction"],
+                    row["price_error"],
                 )
             self._run.log({"train/global_step": step, "eval/predictions": self._table})
         except Exception as error:
@@ -104,12 +111,14 @@ class Tracker:
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["train/global_step"] <= step]
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["train/global_step"] <= step
+        ]
         if kept != lines:
             write_atomically(self._path, "".join(kept).encode())
 
 
-def _start_wandb(config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any]) -> Any:
+def _start_wandb(config: RunConfig, run_dir: Path, mode: Any, about: dict[str, Any]) -> Any:
     import wandb
 
     record = run_dir / _RUN_ID

@@ -1,5 +1,5 @@
-"""The train loop, to be read from top to bottom: prepare, resume, then for every step: rows -> loss -> step -> log,
-evaluate, save.
+"""The train loop, to be read from top to bottom: prepare, resume, then for every step: rows -> loss -> step
+-> log, evaluate, save.
 
 In: the run's configuration and this process's place among the ranks. Out: the run directory (checkpoints,
 metrics.jsonl, W&B files, logs). Called by `phi3v train` inside torchrun, the same on every rank.
@@ -46,13 +46,13 @@ _log = logging.getLogger(__name__)
 def train(config: RunConfig, mesh: Mesh) -> Progress:
     """Trains until the run is done; goes on from the newest complete checkpoint if there is one.
 
-    Raises BadInputError for what the user can mend, PreemptedError after a signal (with a checkpoint written),
-    DivergedError for a loss that is not finite or unusable data.
+    Raises BadInputError for what the user can mend, PreemptedError after a signal (with a checkpoint
+    written), DivergedError for a loss that is not finite or unusable data.
     """
     stop = StopSignal()
     run_dir = config.run_dir
-    fingerprint = read_dataset_info(config.data.path).fingerprint
-    resume = mesh.from_main(open_run_dir(config, fingerprint) if mesh.is_main else None)
+    fingerprint = mesh.on_main(lambda: read_dataset_info(config.data.path).fingerprint)
+    resume = mesh.on_main(lambda: open_run_dir(config, fingerprint))
 
     origin = prepare_origin(config, run_dir, mesh)
     plan, maker = _plan_rows(config, origin, run_dir, mesh)
@@ -75,8 +75,8 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
     tracker = Tracker(config, run_dir, progress.step, about) if mesh.is_main else None
 
     _log.info(
-        "%s: %d steps of %d rows on %d ranks x %d accumulation steps, %d samples, %.1f%% fill; ZeRO-3 keeps %.1f%% of "
-        "the weights on each rank",
+        "%s: %d steps of %d rows on %d ranks x %d accumulation steps, %d samples, %.1f%% fill; ZeRO-3 keeps "
+        "%.1f%% of the weights on each rank",
         config.name, steps, config.train.global_batch, mesh.dp_size, accumulation, len(plan.costs),
         100 * plan.fill(0), 100 * partitioned_fraction(engine),
     )  # fmt: skip
@@ -93,8 +93,12 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         while progress.step < steps:
             step_rows = plan.step(progress.step, end_row)
             rate = learning_rate(progress.step, steps, config.train)
-            torch.manual_seed(hash((config.seed, progress.step, mesh.rank)) % 2**63)  # dropout, if a model has any
-            progress, stopping = _step(engine, rows, accumulation, step_rows.targets, rate, progress, stop, window, mesh)
+            torch.manual_seed(
+                hash((config.seed, progress.step, mesh.rank)) % 2**63
+            )  # dropout, if a model has any
+            progress, stopping = _step(
+                engine, rows, accumulation, step_rows.targets, rate, progress, stop, window, mesh
+            )
             _check_data(config, progress)
             done = progress.step == steps
 
@@ -108,7 +112,11 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
                 began = time.perf_counter()
                 scores, table = validation.run()
                 window.exclude(time.perf_counter() - began)
-                _log.info("step %d  %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None))
+                _log.info(
+                    "step %d  %s",
+                    progress.step,
+                    "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None),
+                )
                 if tracker is not None:
                     tracker.log(progress.step, scores)
                     tracker.log_predictions(progress.step, table)
@@ -150,7 +158,7 @@ def _step(
 ) -> tuple[Progress, bool]:
     """One optimizer step. Returns the progress after it, and whether any rank has been told to stop."""
     began = time.perf_counter()
-    # DeepSpeed divides gradients by ranks and micro-steps; after this they are those of the mean over all targets.
+    # DeepSpeed divides gradients by ranks and micro-steps; so they become those of the mean over all targets.
     scale = mesh.dp_size * accumulation / max(1, targets)
     nll = torch.zeros((), dtype=torch.float64, device=mesh.device)
     tokens = images = 0
@@ -174,15 +182,15 @@ def _step(
     sums = mesh.sum([float(nll), tokens, images, len(bad), float(stop.asked)])
     if not math.isfinite(sums[0]):
         raise DivergedError(
-            f"step {progress.step}: the loss is {sums[0]}; the last checkpoint is intact; lower train.lr or look at "
-            "the rows of this step"
+            f"step {progress.step}: the loss is {sums[0]}; the last checkpoint is good; lower train.lr or "
+            "look at the rows of this step"
         )
     set_learning_rate(engine.optimizer.param_groups, rate)
     engine.step()
     norm = float(engine.get_global_grad_norm() or 0.0)
     if not math.isfinite(norm):
         raise DivergedError(
-            f"step {progress.step}: the gradient norm is {norm}; the last checkpoint is intact; lower train.lr"
+            f"step {progress.step}: the gradient norm is {norm}; the last checkpoint is good; lower train.lr"
         )
     progress = replace(
         progress,
@@ -197,7 +205,9 @@ def _step(
 
 
 class StopSignal:
-    """Remembers SIGUSR1, SIGTERM or SIGINT; the loop asks at the end of each step. A second one changes nothing."""
+    """Remembers SIGUSR1, SIGTERM or SIGINT; the loop asks at the end of each step. A second one changes
+    nothing.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -221,7 +231,9 @@ class Window:
     busy: float = 0.0
     excluded: float = 0.0
 
-    def add(self, nll: float, targets: int, tokens: int, grad_norm: float, waited: float, busy: float) -> None:
+    def add(
+        self, nll: float, targets: int, tokens: int, grad_norm: float, waited: float, busy: float
+    ) -> None:
         self.nll, self.targets, self.tokens = self.nll + nll, self.targets + targets, self.tokens + tokens
         self.steps, self.grad_norm = self.steps + 1, grad_norm
         self.waited, self.busy = self.waited + waited, self.busy + busy
@@ -263,14 +275,11 @@ def _line(step: int, steps: int, metrics: dict[str, float | int | None]) -> str:
 
 
 def _plan_rows(config: RunConfig, origin: Origin, run_dir: Path, mesh: Mesh) -> tuple[Plan, RowMaker]:
+    tokenizer, tile = origin.tokenizer, origin.model_config.tile
     index = read_index(config.data.path, config.data.train_split, ["key", "shard", "images", "messages"])
     if not index.num_rows:
         raise BadInputError(f"{config.data.path}: the split {config.data.train_split!r} is empty")
-    tokenizer, tile = origin.tokenizer, origin.model_config.tile
-    if mesh.is_main:  # counts and keeps; the others then read what it kept
-        sample_costs(index, tokenizer, config.data.num_crops, tile, run_dir)
-    mesh.barrier()
-    costs = sample_costs(index, tokenizer, config.data.num_crops, tile, run_dir)
+    costs = mesh.on_main(lambda: sample_costs(index, tokenizer, config.data.num_crops, tile, run_dir))
     plan = Plan(
         costs,
         config.data.seq_len,
@@ -292,7 +301,7 @@ def _accumulation(config: RunConfig, mesh: Mesh) -> int:
     rows = config.train.global_batch
     if rows % mesh.dp_size:
         raise BadInputError(
-            f"train.global_batch={rows} rows cannot be shared by {mesh.dp_size} ranks; make it a multiple of the ranks"
+            f"train.global_batch={rows} rows cannot be shared by {mesh.dp_size} ranks; make it a multiple"
         )
     return rows // mesh.dp_size
 

@@ -42,8 +42,14 @@ def tiny_config(products: Path, tmp_path: Path) -> Path:
     tree["name"], tree["runs_dir"] = "tiny", str(tmp_path / "runs")
     tree["model"]["config"] |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     factors = tree["model"]["config"]["rope_scaling"]
-    tree["model"]["config"]["rope_scaling"] = {k: v[:8] if isinstance(v, list) else v for k, v in factors.items()}
-    tree["model"]["config"]["clip_vision_config"] |= {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    tree["model"]["config"]["rope_scaling"] = {
+        k: v[:8] if isinstance(v, list) else v for k, v in factors.items()
+    }
+    tree["model"]["config"]["clip_vision_config"] |= {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    }
     tree["data"] |= {"path": str(products), "seq_len": 256}
     tree["train"] |= {"steps": 6, "warmup_steps": 2}
     tree["checkpoint"] = {"every_steps": 3}

@@ -23,7 +23,11 @@ def test_overrides_and_environment(minimal: Path, monkeypatch: pytest.MonkeyPatc
     config = load_config(
         minimal, ["train.lr=1e-4", "data.path=${oc.env:PHI3V_TEST_SHARDS}", "train.lr_scale={vision: 0.1}"]
     )
-    assert (config.train.lr, config.data.path, config.train.lr_scale) == (1e-4, "/shards here", {"vision": 0.1})
+    assert (config.train.lr, config.data.path, config.train.lr_scale) == (
+        1e-4,
+        "/shards here",
+        {"vision": 0.1},
+    )
     assert config.run_dir == Path("runs/x")
 
 
@@ -83,7 +87,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "recipe", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda p: p.name
+)
 def test_the_recipes_are_good(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(recipe)
     assert isinstance(config, RunConfig)

@@ -35,7 +35,10 @@ def test_nothing_imports_upward(package: str) -> None:
 
 
 def test_training_takes_only_the_format_from_shards() -> None:
-    allowed = {"shards.format", "shards.atomic"}  # atomic: files that are whole or absent, no knowledge of shards
+    allowed = {
+        "shards.format",
+        "shards.atomic",
+    }  # atomic: files that are whole or absent, no knowledge of shards
     other = [
         f"{file.relative_to(ROOT)}: {name}"
         for file in (ROOT / "phi3v_dist").rglob("*.py")
@@ -45,7 +48,9 @@ def test_training_takes_only_the_format_from_shards() -> None:
     assert not other
 
 
-@pytest.mark.parametrize("module", ["shards", "launch", "launch.cli", "launch.local", "launch.demo", "phi3v_dist.config"])
+@pytest.mark.parametrize(
+    "module", ["shards", "launch", "launch.cli", "launch.local", "launch.demo", "phi3v_dist.config"]
+)
 def test_importing_it_pulls_in_no_torch(module: str) -> None:
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

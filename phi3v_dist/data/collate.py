@@ -19,8 +19,8 @@ from phi3v_dist.processor.prompt import IGNORE
 class Document:
     """One sample, ready.
 
-    input_ids, labels: [L], image positions negative. tiles: uint8 [tiles, 3, S, S], all pictures. grids: (rows,
-    cols) of each picture.
+    input_ids, labels: [L], image positions negative. tiles: uint8 [tiles, 3, S, S], all pictures. grids:
+    (rows, cols) of each picture.
     """
 
     input_ids: Sequence[int]
@@ -34,8 +34,8 @@ def collate(
 ) -> PackedRow:
     """Packs `documents` one after the other and pads to a multiple of `pad_multiple` positions.
 
-    pad_id: token of the padding, which is a document of its own without labels. No document at all gives a row
-    of padding alone.
+    pad_id: token of the padding, which is a document of its own without labels. No document at all gives a
+    row of padding alone.
     """
     lengths = [len(document.input_ids) for document in documents]
     total = sum(lengths)

@@ -1,8 +1,9 @@
-"""Packed rows ahead of time: the plan's rows of one rank, read, decoded, cut into tiles and collated by workers.
+"""Packed rows ahead of time: the plan's rows of one rank, read, decoded, cut into tiles and collated by
+workers.
 
-In: the index, the plan, a range of steps. Out: per step, the `LoadedRow`s of this rank. A sample that cannot be read
-or decoded keeps its place and its tokens, but has blank tiles and no labels, so that plan, shapes and other ranks do
-not notice; its reason travels with the row. Called by the train loop and evaluation.
+In: the index, the plan, a range of steps. Out: per step, the `LoadedRow`s of this rank. A sample that cannot
+be read or decoded keeps its place and its tokens, but has blank tiles and no labels, so that plan, shapes and
+other ranks do not notice; its reason travels with the row. Called by the train loop and evaluation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from shards.format import BadInputError
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """A row and what is in it. tokens: without padding. bad: "shard key: reason" of every unreadable sample."""
+    """A row and what is in it. tokens: without padding. bad: "shard key: reason" of every unreadable
+    sample.
+    """
 
     row: PackedRow
     tokens: int
@@ -125,7 +128,7 @@ def load_rows(
         _Rows(maker, micros),
         batch_size=None,
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=_unchanged,  # type: ignore[arg-type]  # without batching it gets a sample, not a list
         worker_init_fn=_start_worker,
         pin_memory=False,
         **options,
@@ -139,6 +142,6 @@ def _unchanged(row: LoadedRow) -> LoadedRow:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Slurm signals every process of a step; the train loop decides when to stop, and still needs its rows then.
+    # Slurm signals every process of a step; the train loop decides when to stop, and needs rows until then.
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,10 @@
 """Which samples form which packed row, and which rank takes which row: a pure function, no I/O, no torch.
 
-The rows of a run are one endless sequence: the rows of epoch 0, then those of epoch 1, and so on; an epoch packs every
-sample exactly once. An optimizer step takes the next `global_batch` rows, also across an epoch's edge, so nothing is
-dropped or doubled; only the last step of a run that ends with an epoch is filled up with empty rows. The sequence does
-not depend on the number of ranks, hence resuming needs one number: rows consumed.
+The rows of a run are one endless sequence: the rows of epoch 0, then those of epoch 1, and so on; an epoch
+packs every sample exactly once. An optimizer step takes the next `global_batch` rows, also across an epoch's
+edge, so nothing is dropped or doubled; only the last step of a run that ends with an epoch is filled up with
+empty rows. The sequence does not depend on the number of ranks, hence resuming needs one number: rows
+consumed.
 
 Called by the loader and `phi3v plan`.
 """
@@ -26,7 +27,9 @@ _PACK_WINDOW = 16_384  # samples packed together; larger fills no better
 
 @dataclass(frozen=True)
 class EpochRows:
-    """The rows of one epoch in order. Row r is samples[offsets[r] : offsets[r + 1]], numbers into the index."""
+    """The rows of one epoch in order. Row r is samples[offsets[r] : offsets[r + 1]], numbers into the
+    index.
+    """
 
     samples: np.ndarray
     offsets: np.ndarray
@@ -41,7 +44,8 @@ class EpochRows:
 def epoch_rows(
     lengths: np.ndarray, usable: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool, packing: bool
 ) -> EpochRows:
-    """Packs the samples numbered `usable` (each with lengths[i] <= seq_len tokens) into rows of at most seq_len.
+    """Packs the samples numbered `usable` (each with lengths[i] <= seq_len tokens) into rows of at most
+    seq_len.
 
     Best-fit decreasing within windows of the shuffled order, then the rows are shuffled. Deterministic in
     (seed, epoch).
@@ -84,8 +88,8 @@ def _pack(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int
 class StepRows:
     """The rows of one optimizer step.
 
-    rows: sample numbers of each of the global_batch rows; empty ones at the end of the run. epoch: of the first
-    row. targets: target tokens of all rows, the denominator of the loss.
+    rows: sample numbers of each of the global_batch rows; empty ones at the end of the run. epoch: of the
+    first row. targets: target tokens of all rows, the denominator of the loss.
     """
 
     rows: tuple[np.ndarray, ...]
@@ -120,8 +124,8 @@ class Plan:
         if self.dropped and self.over_long == "fail":
             worst = int(self.costs.tokens.max())
             raise BadInputError(
-                f"{self.dropped} of {len(fits)} samples are longer than data.seq_len={self.seq_len} (longest: {worst} "
-                "tokens); raise data.seq_len, lower data.num_crops, or set data.over_long=drop"
+                f"{self.dropped} of {len(fits)} samples are longer than data.seq_len={self.seq_len} "
+                f"(longest: {worst}); raise data.seq_len, lower data.num_crops, or set data.over_long=drop"
             )
         self._usable = np.flatnonzero(fits)
         if not len(self._usable):
@@ -139,7 +143,9 @@ class Plan:
         return self._epochs[number]
 
     def steps_of(self, epochs: float) -> int:
-        """Optimizer steps that take the rows of so many epochs (a part of one is a part of its rows, rounded up)."""
+        """Optimizer steps that take the rows of so many epochs (a part of one is a part of its rows, rounded
+        up).
+        """
         whole = int(epochs)
         last = int(np.ceil((epochs - whole) * len(self.epoch(whole)))) if epochs > whole else 0
         return -(-(self._start(whole) + last) // self.global_batch)
@@ -186,7 +192,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class MicroRow:
-    """One row of one rank. samples: numbers into the index. vision_calls: of every rank in this micro-step."""
+    """One row of one rank. samples: numbers into the index. vision_calls: of every rank in this
+    micro-step.
+    """
 
     samples: np.ndarray
     vision_calls: int
@@ -213,7 +221,8 @@ def rank_rows(
 
 @dataclass
 class RankRows(Sequence[MicroRow]):
-    """The rows of one rank from `first_step` to before `end_step`, in order, worked out when they are asked for.
+    """The rows of one rank from `first_step` to before `end_step`, in order, worked out when they are asked
+    for.
 
     end_row: rows of the run; those after it are empty.
     """
@@ -245,8 +254,8 @@ class RankRows(Sequence[MicroRow]):
 def _row_cost(costs: SampleCosts, samples: np.ndarray) -> float:
     """Work of a row in the work of one token's linear layers, by the FLOPs of the published sizes.
 
-    A token costs 7.25 GFLOP, attention 0.197 MFLOP x L x L in a document of L tokens (half masked), a view 0.37
-    TFLOP in the tower.
+    A token costs 7.25 GFLOP, attention 0.197 MFLOP x L x L in a document of L tokens (half masked), a view
+    0.37 TFLOP in the tower.
     """
     tokens = costs.tokens[samples].astype(np.float64)
     views = costs.tiles[samples].sum() + costs.pictures[samples].sum()

@@ -1,7 +1,7 @@
 """The pictures of one sample: a ranged read per sample, from local files or any fsspec store.
 
-In: a dataset directory and a row of its index. Out: the bytes of its images. Called by the loader's workers and by
-evaluation.
+In: a dataset directory and a row of its index. Out: the bytes of its images. Called by the loader's workers
+and by evaluation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SampleReader:
             raise BadInputError(f"{record['shard']}: cannot be read ({error.strerror or error})") from error
         if len(data) != end - start:
             raise BadInputError(
-                f"{record['shard']}: holds {len(data)} of the {end - start} bytes at {start} that the index names"
+                f"{record['shard']}: holds {len(data)} of the {end - start} bytes that the index names"
             )
         return [data[image["offset"] - start : image["offset"] - start + image["length"]] for image in images]
 

@@ -1,7 +1,8 @@
-"""What every sample costs, from the index alone: tokens, targets, tiles. No tar is touched, no picture decoded.
+"""What every sample costs, from the index alone: tokens, targets, tiles. No tar is touched, no picture
+decoded.
 
-In: the index of a split, the tokenizer, num_crops, the tile side. Out: `SampleCosts`, cached in a file that is keyed
-by everything that shapes it. Called by the train loop and `phi3v plan`.
+In: the index of a split, the tokenizer, num_crops, the tile side. Out: `SampleCosts`, cached in a file that
+is keyed by everything that shapes it. Called by the train loop and `phi3v plan`.
 """
 
 from __future__ import annotations

@@ -9,19 +9,23 @@ import contextlib
 import datetime
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from shards.format import BadInputError
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """rank, size: of all processes; local_rank: on this node. dp_rank, dp_size: the data-parallel ones (all)."""
+    """rank, size: of all processes; local_rank: on this node. dp_rank, dp_size: the data-parallel ones
+    (all).
+    """
 
     rank: int
     size: int
@@ -55,11 +59,21 @@ class Mesh:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def from_main(self, value: Any) -> Any:
-        """The main rank's `value`, on every rank."""
-        box = [value]
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the main rank, on every rank. A BadInputError there is raised on every
+        rank.
+        """
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box = [work(), None]
+            except BadInputError as error:
+                box = [None, str(error)]
         dist.broadcast_object_list(box, src=0)
-        return box[0]
+        if box[1] is not None:
+            raise BadInputError(box[1])
+        result: Result = box[0]
+        return result
 
 
 @contextlib.contextmanager
@@ -74,7 +88,7 @@ def open_mesh(timeout_s: float) -> Iterator[Mesh]:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise BadInputError(
-                f"process {local_rank} of this node has no GPU of its own ({torch.cuda.device_count()} found); "
+                f"process {local_rank} of this node has no GPU of its own ({torch.cuda.device_count()} found), "
                 "start one process per GPU"
             )
         device, backend = torch.device("cuda", local_rank), "nccl"

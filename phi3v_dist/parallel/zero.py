@@ -1,6 +1,7 @@
 """DeepSpeed as this project uses it: ZeRO stage 3, its own loop around it.
 
-In: the run's configuration and the mesh. Out: the configuration dict and the engine. Called by the train loop.
+In: the run's configuration and the mesh. Out: the configuration dict and the engine. Called by the train
+loop.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from phi3v_dist.parallel.mesh import Mesh
 def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run. accumulation: micro-steps of an optimizer step.
 
-    DeepSpeed averages gradients over ranks and micro-steps; the loop scales the loss accordingly. reduce_scatter
-    stays on: without it ZeRO-3 scales gradients otherwise.
+    DeepSpeed averages gradients over ranks and micro-steps; the loop scales the loss accordingly.
+    reduce_scatter stays on: without it ZeRO-3 scales gradients otherwise.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -39,11 +40,14 @@ def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
 
 
 def prepare_deepspeed(mesh: Mesh) -> None:
-    """Imports DeepSpeed and hands it the process group that exists. On the CPU without its compiled extension.
+    """Imports DeepSpeed and hands it the process group that exists. On the CPU without its compiled
+    extension.
 
     The shared-memory collectives of the CPU build need a compiler and 24 s at first use (DeepSpeed 0.19.8).
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13 on DeepSpeed's collectives, each call
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # torch 2.13 on DeepSpeed's collectives, each call
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
@@ -55,7 +59,9 @@ def prepare_deepspeed(mesh: Mesh) -> None:
 def make_engine(
     model: torch.nn.Module, groups: list[dict[str, Any]], config: RunConfig, accumulation: int
 ) -> Any:
-    """The DeepSpeedEngine around `model`, with AdamW over the parameter `groups` (lr and weight_decay in each)."""
+    """The DeepSpeedEngine around `model`, with AdamW over the parameter `groups` (lr and weight_decay in
+    each).
+    """
     import deepspeed
 
     optimizer = torch.optim.AdamW(
@@ -68,7 +74,9 @@ def make_engine(
 
 
 def partitioned_fraction(engine: Any) -> float:
-    """Elements of the trainable weights that this rank keeps, as a part of all. About 1 / ranks under ZeRO-3."""
+    """Elements of the trainable weights that this rank keeps, as a part of all. About 1 / ranks under
+    ZeRO-3.
+    """
     held = sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
     total = sum(p.ds_numel for group in engine.optimizer.fp16_groups for p in group)
     return float(held / total)

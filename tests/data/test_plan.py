@@ -94,7 +94,8 @@ def test_ranks_of_a_micro_step_make_the_same_vision_calls_and_similar_work() -> 
         calls = {rank[micro].vision_calls for rank in ranks}
         assert len(calls) == 1
         views = max(
-            int(made.costs.tiles[r[micro].samples].sum() + made.costs.pictures[r[micro].samples].sum()) for r in ranks
+            int(made.costs.tiles[r[micro].samples].sum() + made.costs.pictures[r[micro].samples].sum())
+            for r in ranks
         )
         assert calls == {max(1, -(-views // 8))}
 
@@ -108,7 +109,9 @@ def test_rank_rows_are_found_again_from_any_step() -> None:
 
 
 def test_over_long_samples_are_dropped_aloud_or_refused() -> None:
-    with pytest.raises(BadInputError, match=r"of 500 samples are longer than data.seq_len=200 \(longest: 2\d\d"):
+    with pytest.raises(
+        BadInputError, match=r"of 500 samples are longer than data.seq_len=200 \(longest: 2\d\d\)"
+    ):
         plan(seq_len=200)
     made = plan(seq_len=200, over_long="drop")
     assert made.dropped == int((made.costs.tokens > 200).sum()) > 0

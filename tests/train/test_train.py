@@ -17,7 +17,8 @@ from phi3v_dist.data.loader import RowMaker, load_rows
 from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.data.tokens import sample_costs
 from phi3v_dist.exits import DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
-from phi3v_dist.model.hub import build_model, load_config as load_model_config, load_weights
+from phi3v_dist.model.hub import build_model, load_weights
+from phi3v_dist.model.hub import load_config as load_model_config
 from phi3v_dist.optim import learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.processor.tokenizer import load_tokenizer
 from shards.format import read_index
