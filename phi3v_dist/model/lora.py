@@ -45,7 +45,7 @@ def _is_dead(module: nn.Module) -> bool:
 
 
 def add_lora(
-    model: Phi3VForCausalLM, parts: Sequence[str], rank: int = 16, alpha: float = 32, dropout: float = 0.0
+    model: Phi3VForCausalLM, parts: Sequence[str], rank: int = 16, alpha: int = 32, dropout: float = 0.0
 ) -> Any:
     """The PEFT model around `model`; forward (also of a packed row), generate and gradients go through it."""
     from peft import LoraConfig, get_peft_model
