@@ -19,7 +19,10 @@ app = typer.Typer(no_args_is_help=True, help="Images and prompts into WebDataset
 
 _PLAIN_LINE_EVERY = 5.0  # seconds, where the output is no terminal
 
-SourceArg = Annotated[str, typer.Argument(help="A .csv, .tsv, .jsonl or .parquet file.")]
+SourceArg = Annotated[
+    str | None,
+    typer.Argument(help="A .csv, .tsv, .jsonl, .json or .parquet file, a folder of images, or hf:NAME."),
+]
 ImagesOption = Annotated[
     list[str] | None, typer.Option("--images", help="Column with image paths or URLs; repeat it for several.")
 ]
@@ -59,52 +62,110 @@ def sample(
 
 @app.command()
 def build(
-    source: SourceArg,
-    out: Annotated[str, typer.Option(help="Directory of the dataset.")],
+    source: SourceArg = None,
+    out: Annotated[str, typer.Option(help="Directory of the dataset.")] = "",
+    recipe: Annotated[
+        str | None, typer.Option(help="A YAML file, or one of configs/shards by name; flags win over it.")
+    ] = None,
     images: ImagesOption = None,
     prompt: PromptOption = None,
     answer: AnswerOption = None,
     key: Annotated[str | None, typer.Option(help="Column whose value is put into the samples' keys.")] = None,
     group_by: GroupOption = None,
-    val_fraction: ValOption = 0.1,
-    shard_samples: Annotated[int, typer.Option(help="Most samples of a shard.")] = 1000,
-    shard_mb: Annotated[int, typer.Option(help="Most megabytes (2^20 bytes) of a shard.")] = 256,
-    min_success: SuccessOption = 0.95,
+    image_root: Annotated[
+        str | None, typer.Option(help="Folder or URL that image paths start from (default: that of SOURCE).")
+    ] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Part of the groups for the val split (default: 0.1).")
+    ] = None,
+    shard_samples: Annotated[
+        int | None, typer.Option(help="Most samples of a shard (default: 1000).")
+    ] = None,
+    shard_mb: Annotated[
+        int | None, typer.Option(help="Most megabytes (2^20) of a shard (default: 256).")
+    ] = None,
+    max_side: Annotated[int | None, typer.Option(help="Make larger images smaller, in pixels.")] = None,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Leave out samples whose images all came before.")
+    ] = False,
+    min_success: Annotated[
+        float | None, typer.Option(help="Part of the rows that must succeed (default: 0.95).")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the failed rows of a complete dataset again.")
+    ] = False,
+    task: Annotated[
+        str | None, typer.Option(help="I/N: only the I-th of N parts, from 0; `verify` closes the set.")
+    ] = None,
     allow_private_hosts: Annotated[
         bool, typer.Option("--allow-private-hosts", help="Also fetch from private and loopback addresses.")
     ] = False,
-    concurrency: Annotated[int, typer.Option(help="Fetches at a time.")] = 32,
-    per_host: Annotated[int, typer.Option(help="Of them at one host.")] = 16,
-    retries: Annotated[int, typer.Option(help="After failures that may pass.")] = 3,
+    no_decode: Annotated[
+        bool, typer.Option("--no-decode", help="Check the structure of images only; faster for local files.")
+    ] = False,
+    concurrency: Annotated[int | None, typer.Option(help="Fetches at a time (default: 32).")] = None,
+    per_host: Annotated[int | None, typer.Option(help="Of them at one host (default: 16).")] = None,
+    retries: Annotated[int | None, typer.Option(help="After failures that may pass (default: 3).")] = None,
     serve_dir: Annotated[
         Path | None,
         typer.Option(help="Serve this catalogue of `shards sample` on loopback meanwhile (and allow it)."),
     ] = None,
 ) -> None:
     """Fetches and checks the images of SOURCE and writes shards; run it again to go on where it stopped."""
-    from shards.build import BuildOptions
-    from shards.build import build as build_shards
+    from shards.build import build as build_all
+    from shards.build import build_task
+    from shards.build import retry_failed as build_retry
+    from shards.format import BadInputError
+    from shards.recipes import load_recipe
     from shards.sample import serve_catalogue
 
-    options = BuildOptions(
-        images=tuple(images or ()),
-        prompt=prompt,
-        answer=answer,
-        key=key,
-        group_by=group_by,
-        val_fraction=val_fraction,
-        shard_samples=shard_samples,
-        shard_bytes=shard_mb * 2**20,
-        min_success=min_success,
-        allow_private_hosts=allow_private_hosts or serve_dir is not None,
-        concurrency=concurrency,
-        per_host=per_host,
-        retries=retries,
-    )
+    given = {
+        "images": images,
+        "prompt": prompt,
+        "answer": answer,
+        "key": key,
+        "group_by": group_by,
+        "image_root": image_root,
+        "val_fraction": val_fraction,
+        "shard_samples": shard_samples,
+        "shard_bytes": None if shard_mb is None else shard_mb * 2**20,
+        "max_side": max_side,
+        "duplicates": "drop" if drop_duplicates else None,
+        "min_success": min_success,
+        "allow_private_hosts": (allow_private_hosts or serve_dir is not None) or None,
+        "decode": False if no_decode else None,
+        "concurrency": concurrency,
+        "per_host": per_host,
+        "retries": retries,
+    }
+    named, options = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
+    source = source or named
+    if source is None or not out:
+        missing = "--out" if source is not None else "SOURCE (and no recipe that names one)"
+        raise BadInputError(f"{missing} is missing; phi3v shards build SOURCE --out DIR")
+    if task is not None and retry_failed:
+        raise BadInputError("--task with --retry-failed: first close the set with `phi3v shards verify`")
     serving = contextlib.nullcontext() if serve_dir is None else serve_catalogue(serve_dir)
     with serving, _progress("rows") as progress:
-        info = build_shards(source, out, options, progress)
+        if task is not None:
+            number, tasks = _parse_task(task)
+            windows = build_task(source, out, number, tasks, options, progress)
+            written = sum(window.samples.total() for window in windows)
+            typer.echo(
+                f"{out}: task {task} is done, {written} samples; `phi3v shards verify {out}` closes the set"
+            )
+            return
+        info = (build_retry if retry_failed else build_all)(source, out, options, progress)
     typer.echo(f"{out}: {info.num_samples} samples in {len(info.shards)} shards, {_splits(info.splits)}")
+
+
+def _parse_task(text: str) -> tuple[int, int]:
+    from shards.format import BadInputError
+
+    number, _, tasks = text.partition("/")
+    if not (number.isdigit() and tasks.isdigit()):
+        raise BadInputError(f"--task {text}: must be I/N, such as 0/8")
+    return int(number), int(tasks)
 
 
 @app.command()
@@ -143,10 +204,16 @@ def verify(
     decode: Annotated[float, typer.Option(help="Part of the images to decode, 0 to 1.")] = 0.01,
     full: Annotated[bool, typer.Option("--full", help="Decode every image.")] = False,
 ) -> None:
-    """Checks checksums, tars, index, messages and images; exit code 4 if anything is wrong."""
+    """Checks checksums, tars, index, messages and images; exit code 4 if anything is wrong.
+
+    Where several tasks have built the dataset, it first closes the set.
+    """
     from phi3v_dist.exits import DIVERGED
+    from shards.build import close_tasks, waits_for_close
     from shards.verify import verify as verify_dataset
 
+    if waits_for_close(directory):
+        close_tasks(directory)
     with _progress("bytes") as progress:
         report = verify_dataset(directory, 1.0 if full else decode, progress)
     for fault in report.faults:

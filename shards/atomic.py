@@ -17,22 +17,26 @@ from shards.format import BadInputError
 
 
 @contextlib.contextmanager
-def alone_in(root: Path) -> Iterator[None]:
-    """No other process is in this context for the directory `root` while it is open.
+def alone_in(root: Path, lock: str | None = None) -> Iterator[None]:
+    """No other process is in this context for the directory `root` while it is open. lock: name of a file in
+    it, made and deleted here, where several share the directory and each has its own part.
 
     Raises BadInputError if one is. Some network file systems lock no directories: there, two at once are the
     user's to avoid.
     """
-    descriptor = os.open(root, os.O_RDONLY)
+    path = root if lock is None else root / lock
+    descriptor = os.open(path, os.O_RDONLY if lock is None else os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:
                 raise BadInputError(
-                    f"{root}: another process is writing here; wait for it or end it"
+                    f"{path}: another process is writing here; wait for it or end it"
                 ) from error
         yield
+        if lock is not None:
+            path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
@@ -50,6 +54,17 @@ def publish(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def create_whole(path: Path, data: bytes) -> None:
+    """Makes `path` with `data` if it is not there; whoever comes second changes nothing."""
+    partial = path.with_name(f"{partial_path(path).name}.{os.uname().nodename}.{os.getpid()}")
+    partial.write_bytes(data)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.link(partial, path)
+    finally:
+        partial.unlink()
 
 
 def write_atomically(path: Path, data: bytes, durable: bool = True) -> None:

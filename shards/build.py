@@ -1,7 +1,6 @@
-"""Rows into shards: resumable, and the same bytes however often it was interrupted.
+"""Rows into shards: resumable, by one worker or many, and the same bytes however often it was interrupted.
 
-The source is worked through in windows of `shard_samples` rows (see `window`). A killed build goes on at the
-first window without an index part; what is finished is not fetched again. The output directory then holds
+The rows are worked through in windows of `shard_samples` (see `worker`). The output directory then holds
 
     build.json                      what is being built here: another source or other options are refused
     shard-000000.tar ...            numbered over the whole dataset, one split each
@@ -9,108 +8,161 @@ first window without an index part; what is finished is not fetched again. The o
     index/part-000000.parquet ...   one part per window
     dataset.json                    written last: the dataset is complete
 
+`build` does all rows; `build_task` those of one of several tasks, with the task's number in its file names,
+and `close_tasks` writes dataset.json when all are done. `retry_failed` tries the rows again that failed; what
+arrives goes into further shards.
+
 In: a source (see `sources`), an output directory, `BuildOptions`. Out: `DatasetInfo`. Called by the command
 line.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import alone_in, partial_path, write_atomically
-from shards.fetch import Fetcher, FetchOptions, in_order
+from shards.atomic import alone_in, create_whole, partial_path, write_atomically
 from shards.format import (
     BUILD_JSON,
     DATASET_JSON,
     FORMAT_VERSION,
+    INDEX_DIR,
     LEDGER_DIR,
     BadInputError,
     DatasetInfo,
     dataset_info_json,
     read_dataset_info,
 )
-from shards.prepare import Prepared, prepare
-from shards.sources import PRODUCT_ANSWER, PRODUCT_PROMPT, Recipe, Row, Source, open_source
-from shards.window import Window, WindowWriter, committed_windows
+from shards.ledger import failed_rows, reasons
+from shards.options import BuildOptions
+from shards.rows import PRODUCT_ANSWER, PRODUCT_PROMPT, Row
+from shards.sources import Source, open_source
+from shards.window import Window, committed_windows
+from shards.worker import Progress, Work, run_worker
 
-_WRITER = 1  # raised when the same source and options would give other bytes than before
+__all__ = ["BuildOptions", "build", "build_task", "close_tasks", "retry_failed", "waits_for_close"]
+
+_WRITER = 2  # raised when the same source and options would give other bytes than before
 _log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How to build. The first block shapes the bytes (and is recorded); the second only how they are got.
-
-    images, prompt, answer, key, group_by: see `sources.Recipe`; without group_by rows with equal images stay
-    together. val_fraction: part of the groups that becomes the val split, by hash, so it is stable when rows
-    are added. shard_samples: rows per window, so the most samples of a tar. shard_bytes: a tar is closed
-    before it grows past it. max_bytes, max_pixels: of one image. min_success: part of the rows that must
-    succeed. concurrency: fetches at a time, per_host of them at one host. retries: after a failure that may
-    pass.
-    """
-
-    images: tuple[str, ...] = ()
-    prompt: str | None = None
-    answer: str | None = None
-    key: str | None = None
-    group_by: str | None = None
-    val_fraction: float = 0.1
-    shard_samples: int = 1000
-    shard_bytes: int = 256 * 2**20
-    max_bytes: int = 64 * 2**20
-    max_pixels: int = 100_000_000
-
-    min_success: float = 0.95
-    allow_private_hosts: bool = False
-    concurrency: int = 32
-    per_host: int = 16
-    retries: int = 3
-
-
-_HOW_ONLY = ("min_success", "allow_private_hosts", "concurrency", "per_host", "retries")
 
 
 def build(
     source: str, out: str, options: BuildOptions | None = None, progress: Progress | None = None
 ) -> DatasetInfo:
-    """Builds the dataset of `source` in the local directory `out`, or finishes a build that was interrupted
-    there.
+    """Builds the dataset of `source` in the local directory `out`, or finishes what was interrupted there.
 
-    progress(done, total): called with rows as they are done, those of an earlier call included.
+    progress(done, total): called with rows as they are done, those of an earlier call included; total 0 where
+    only reading to the end tells.
     Raises BadInputError for everything the user can mend. After too many failed rows its message names the
     ledger, and the same command tries the unfinished window again.
     """
     options = options or BuildOptions()
-    _check_options(options, out)
-    recipe = Recipe(options.images, options.prompt, options.answer, options.key, options.group_by)
-    opened = open_source(source, recipe)
-    shaping = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _HOW_ONLY}
-    built_with = json.loads(json.dumps({"writer": _WRITER, **shaping}))
+    root, opened, plan = _prepare(source, out, options, tasks=1)
+    with _writing(out), _claim(root, plan):
+        if _is_complete(root):
+            _log.info("%s: already complete, nothing to do", out)
+            return read_dataset_info(out)
+        return _complete(root, opened, options, progress)
+
+
+def build_task(
+    source: str,
+    out: str,
+    task: int,
+    tasks: int,
+    options: BuildOptions | None = None,
+    progress: Progress | None = None,
+) -> list[Window]:
+    """Builds the part of task `task` (from 0) of `tasks`; all tasks may run at once, on any machines that
+    share `out`. The dataset is complete after `close_tasks`.
+
+    Returns the windows of this task. Raises as `build` does; min_success is of the task's own rows.
+    """
+    options = options or BuildOptions()
+    if not 0 <= task < tasks:
+        raise BadInputError(f"task {task}/{tasks}: the task must be from 0 to {tasks - 1}")
+    root, opened, plan = _prepare(source, out, options, tasks)
+    with _writing(out):
+        if tasks == 1:
+            with _claim(root, plan):
+                return run_worker(root, _task_work(opened, options, 0, 1), options, progress)
+        _join(root, plan)
+        with alone_in(root, f".task-{task:04d}.lock"):
+            if _is_complete(root):
+                return committed_windows(root, _task_prefix(task, tasks))
+            return run_worker(root, _task_work(opened, options, task, tasks), options, progress)
+
+
+def waits_for_close(out: str) -> bool:
+    """`out` is a build by several tasks without its dataset.json."""
+    root = Path(out)
+    if not (root / BUILD_JSON).exists() or (root / DATASET_JSON).exists():
+        return False
+    plan = _read_plan(root)
+    return bool(plan["built_with"]["tasks"] > 1 and plan["retry_rounds"] == 0)
+
+
+def close_tasks(out: str) -> DatasetInfo:
+    """Writes dataset.json when every task is done. Raises BadInputError naming those that are not."""
+    root = Path(out)
+    with _writing(out), alone_in(root):
+        if _is_complete(root):
+            return read_dataset_info(out)
+        return _finish(root, _read_plan(root))
+
+
+def retry_failed(
+    source: str, out: str, options: BuildOptions | None = None, progress: Progress | None = None
+) -> DatasetInfo:
+    """Tries the rows again that failed, once each; a dataset that is not complete is completed first.
+
+    Until it is done the dataset is incomplete; the same call (or `build`) goes on where it was killed.
+    """
+    options = options or BuildOptions()
+    root = Path(out)
+    tasks = int(_read_plan(root)["built_with"]["tasks"]) if (root / BUILD_JSON).exists() else 1
+    root, opened, plan = _prepare(source, out, options, tasks)
+    with _writing(out), _claim(root, plan):
+        rounds = int(_read_plan(root)["retry_rounds"])
+        if not _is_complete(root):
+            info = _complete(root, opened, options, progress)
+            if rounds:  # this was the round that had been interrupted
+                return info
+        if not failed_rows(root):
+            _log.info("%s: no row has failed, nothing to do", out)
+            return read_dataset_info(out)
+        write_atomically(root / BUILD_JSON, _plan_json({**plan, "retry_rounds": rounds + 1}))
+        (root / DATASET_JSON).unlink()
+        return _complete(root, opened, options, progress)
+
+
+def _prepare(source: str, out: str, options: BuildOptions, tasks: int) -> tuple[Path, Source, dict[str, Any]]:
+    """Checks everything before anything is written: the directory, the opened source, the plan."""
+    options.check()
+    if "://" in out:
+        raise BadInputError(
+            f"{out}: shards are written to a local directory; copy them to their store afterwards"
+        )
+    opened = open_source(source, options.recipe())
+    built_with = {"writer": _WRITER, "tasks": tasks, **options.shaping()}
     texts = [PRODUCT_PROMPT, PRODUCT_ANSWER]
     fingerprint = hashlib.sha256(json.dumps([opened.sha256, built_with, texts]).encode()).hexdigest()
-    root = Path(out)
+    plan = {"fingerprint": fingerprint, "source": source, "built_with": built_with, "retry_rounds": 0}
+    return Path(out), opened, plan
+
+
+@contextlib.contextmanager
+def _writing(out: str) -> Iterator[None]:
+    """Turns what a full or forbidden disk raises into a BadInputError."""
     try:
-        with _claim(root, source, built_with, fingerprint):
-            if (root / DATASET_JSON).exists():
-                _log.info("%s: already complete, nothing to do", out)
-                return read_dataset_info(out)
-            windows = committed_windows(root)
-            if windows:
-                _log.info("%s: going on after %d finished windows", out, len(windows))
-            asyncio.run(_write_windows(root, opened, options, windows, progress))
-            return _finish(root, source, built_with, fingerprint, windows)
+        yield
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""
         raise BadInputError(
@@ -118,129 +170,152 @@ def build(
         ) from error
 
 
-def _check_options(options: BuildOptions, out: str) -> None:
-    if "://" in out:
-        raise BadInputError(
-            f"{out}: shards are written to a local directory; copy them to their store afterwards"
-        )
-    for name in ("val_fraction", "min_success"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise BadInputError(f"{name} is {getattr(options, name)}; it must be from 0 to 1")
-    for name in ("shard_samples", "shard_bytes", "max_bytes", "max_pixels", "concurrency", "per_host"):
-        if getattr(options, name) < 1:
-            raise BadInputError(f"{name} is {getattr(options, name)}; it must be at least 1")
-    if options.retries < 0:
-        raise BadInputError(f"retries is {options.retries}; it must be at least 0")
+def _plan_json(plan: dict[str, Any]) -> bytes:
+    return (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_plan(root: Path) -> dict[str, Any]:
+    record = root / BUILD_JSON
+    try:
+        found = json.loads(record.read_text())
+        if {"fingerprint", "source", "built_with", "retry_rounds"} <= set(found) and "tasks" in found[
+            "built_with"
+        ]:
+            return dict(found)
+    except FileNotFoundError as error:
+        raise BadInputError(f"{root}: no {BUILD_JSON}, so no build has begun here") from error
+    except (ValueError, TypeError):
+        pass
+    raise BadInputError(f"{record}: not written by this version of shards build; choose another --out")
 
 
 @contextlib.contextmanager
-def _claim(root: Path, source: str, built_with: dict[str, Any], fingerprint: str) -> Iterator[None]:
+def _claim(root: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Makes `root` the directory of this build, alone in it while the context is open."""
     root.mkdir(parents=True, exist_ok=True)
     with alone_in(root):
-        plan = {"fingerprint": fingerprint, "source": source, "built_with": built_with}
-        record = root / BUILD_JSON
-        if record.exists():
-            try:
-                found = json.loads(record.read_text())
-                same = found["fingerprint"] == fingerprint
-            except (ValueError, TypeError, KeyError) as error:
-                raise BadInputError(f"{record}: not written by shards build; choose another --out") from error
-            if not same:
-                raise BadInputError(_difference(root, found, plan))
-        elif any(path != partial_path(record) for path in root.iterdir()):
-            raise BadInputError(
-                f"{root}: not empty and not a directory of shards build; choose another --out"
-            )
-        else:
-            write_atomically(record, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
+        if not (root / BUILD_JSON).exists():
+            _check_empty(root)
+            write_atomically(root / BUILD_JSON, _plan_json(plan))
+        _check_same(root, plan)
+        _make_folders(root)
         yield
 
 
-def _difference(root: Path, found: dict[str, Any], plan: dict[str, Any]) -> str:
-    before, now = found.get("built_with", {}), plan["built_with"]
+def _join(root: Path, plan: dict[str, Any]) -> None:
+    """Makes `root` the directory of this build, which other tasks may have begun or be beginning."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / BUILD_JSON).exists():
+        _check_empty(root)
+        create_whole(root / BUILD_JSON, _plan_json(plan))
+    _check_same(root, plan)
+    _make_folders(root)
+
+
+def _make_folders(root: Path) -> None:
+    for folder in (INDEX_DIR, LEDGER_DIR):
+        (root / folder).mkdir(exist_ok=True)
+
+
+def _check_empty(root: Path) -> None:
+    record = root / BUILD_JSON
+    begun = partial_path(record).name
+    strange = [path for path in root.iterdir() if path != record and not path.name.startswith(begun)]
+    if strange and not record.exists():
+        raise BadInputError(f"{root}: not empty and not a directory of shards build; choose another --out")
+
+
+def _check_same(root: Path, plan: dict[str, Any]) -> None:
+    found = _read_plan(root)
+    if found["fingerprint"] == plan["fingerprint"]:
+        return
+    before, now = found["built_with"], plan["built_with"]
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
         what = "; ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
     else:
-        what = f"another content of the source ({found.get('source')}, now {plan['source']})"
-    return f"{root}: holds a build with {what}; choose another --out, or delete this one to build anew"
-
-
-async def _write_windows(
-    root: Path, source: Source, options: BuildOptions, windows: list[Window], progress: Progress | None
-) -> None:
-    """Writes the windows that are missing, appending each to `windows` when it is committed."""
-    rows = source.rows(sum(window.rows for window in windows))
-    fetch_options = FetchOptions(
-        concurrency=options.concurrency,
-        per_host=options.per_host,
-        retries=options.retries,
-        max_bytes=options.max_bytes,
-        allow_private_hosts=options.allow_private_hosts,
-    )
-    async with Fetcher(fetch_options) as fetcher:
-
-        async def prepare_row(row: Row) -> Prepared:
-            return await prepare(row, source.base, fetcher, options.max_pixels)
-
-        while (done := sum(window.rows for window in windows)) < source.num_rows:
-            failed = sum(window.failed for window in windows)
-            first_shard = sum(len(window.shards) for window in windows)
-            writer = WindowWriter(root, len(windows), first_shard, options.val_fraction, options.shard_bytes)
-            prepared = in_order(islice(rows, options.shard_samples), prepare_row, 2 * options.concurrency)
-            try:
-                async with contextlib.aclosing(prepared):
-                    async for item in prepared:
-                        writer.add(item)
-                        _check_failures(root, source, options, writer, done, failed)
-                        if progress is not None:
-                            progress(done + writer.window.rows, source.num_rows)
-                if writer.window.rows != min(options.shard_samples, source.num_rows - done):
-                    raise BadInputError(
-                        f"{source.name}: changed while it was read; leave it alone and run again"
-                    )
-                windows.append(writer.commit())
-            except BaseException:
-                writer.abandon()
-                raise
-            _log.info("%s: window %d: %s", root, len(windows) - 1, _summary(windows[-1]))
-
-
-def _check_failures(
-    root: Path, source: Source, options: BuildOptions, writer: WindowWriter, done: int, failed: int
-) -> None:
-    """Raises BadInputError as soon as min_success cannot be reached any more, so that nobody waits for the
-    end.
-    """
-    allowed = int((1 - options.min_success) * source.num_rows + 1e-9)
-    failed += writer.window.failed
-    if failed <= allowed:
-        return
-    writer.write_ledger()
-    reason = writer.reasons.most_common(1)[0][0]
+        what = f"another content of the source ({found['source']}, now {plan['source']})"
     raise BadInputError(
-        f"{source.name}: {failed} of the first {done + writer.window.rows} rows failed and only {allowed} of "
-        f"{source.num_rows} may (min_success {options.min_success:g}); most often: {reason}; every row's "
-        f"outcome is in {root / LEDGER_DIR}; mend the rows or the network and run again, or lower min_success"
+        f"{root}: holds a build with {what}; choose another --out, or delete this one to build anew"
     )
 
 
-def _finish(
-    root: Path, source: str, built_with: dict[str, Any], fingerprint: str, windows: list[Window]
-) -> DatasetInfo:
+def _is_complete(root: Path) -> bool:
+    """dataset.json is there, and it is that of the last round of rows tried again."""
+    if not (root / DATASET_JSON).exists():
+        return False
+    return bool(read_dataset_info(str(root)).built_with["retry_rounds"] == _read_plan(root)["retry_rounds"])
+
+
+def _task_prefix(task: int, tasks: int) -> str:
+    return "" if tasks == 1 else f"{task:04d}-"
+
+
+def _task_work(source: Source, options: BuildOptions, task: int, tasks: int) -> Work:
+    num_rows = source.part_rows(task, tasks)
+    may_fail = None if num_rows is None else int((1 - options.min_success) * num_rows + 1e-9)
+    base = options.image_root or source.base
+    prefix = _task_prefix(task, tasks)
+    return Work(source.name, base, prefix, num_rows, lambda start: source.part(task, tasks, start), may_fail)
+
+
+def _retry_work(root: Path, source: Source, options: BuildOptions, tasks: int, number: int) -> Work:
+    """The rows that had failed before round `number` (from 1): the same ones when that round is half done."""
+    failed = failed_rows(root, before_round=number)
+
+    def rows(start: int) -> Iterator[Row]:
+        everything = chain.from_iterable(source.part(task, tasks, 0) for task in range(tasks))
+        return islice((row for row in everything if row.number in failed), start, None)
+
+    base = options.image_root or source.base
+    return Work(source.name, base, f"r{number:02d}-", len(failed), rows, None)
+
+
+def _complete(root: Path, source: Source, options: BuildOptions, progress: Progress | None) -> DatasetInfo:
+    """Does what is missing: the rows, the rounds of rows tried again, dataset.json."""
+    plan = _read_plan(root)
+    tasks = plan["built_with"]["tasks"]
+    if tasks == 1:
+        run_worker(root, _task_work(source, options, 0, 1), options, progress)
+    for number in range(1, plan["retry_rounds"] + 1):
+        run_worker(root, _retry_work(root, source, options, tasks, number), options, progress)
+    return _finish(root, plan, options.min_success)
+
+
+def _finish(root: Path, plan: dict[str, Any], min_success: float = 0.0) -> DatasetInfo:
+    """Writes dataset.json over all workers' windows. Raises BadInputError if one is not done."""
+    tasks, rounds = plan["built_with"]["tasks"], plan["retry_rounds"]
+    prefixes = [_task_prefix(task, tasks) for task in range(tasks)]
+    by_task = [committed_windows(root, prefix) for prefix in prefixes]
+    undone = [str(task) for task, windows in enumerate(by_task) if not windows or not windows[-1].last]
+    if undone:
+        named = ", ".join(undone[:20]) + (", ..." if len(undone) > 20 else "")
+        raise BadInputError(f"{root}: not done yet: task {named} of {tasks}; run them again")
+    retried = [committed_windows(root, f"r{number:02d}-") for number in range(1, rounds + 1)]
+    windows = list(chain(*by_task, *retried))
     samples: Counter[str] = sum((window.samples for window in windows), Counter())
-    if not samples:
-        raise BadInputError(f"{source}: no row could be used; every row's outcome is in {root / LEDGER_DIR}")
+    rows = sum(window.rows for window in chain(*by_task))
+    failed = len(failed_rows(root)) if any(window.failed for window in windows) else 0
+    if not samples or (not rounds and failed > (1 - min_success) * rows + 1e-9):
+        reason = next(iter(reasons(root)), "no row")
+        raise BadInputError(
+            f"{plan['source']}: {failed} of {rows} rows failed (min_success {min_success:g}), "
+            f"{samples.total()} samples; most often: {reason}; every row's outcome is in "
+            f"{root / LEDGER_DIR}; mend the rows or lower min_success"
+        )
     shards = tuple(shard for window in windows for shard in window.shards)
     splits = {split: samples[split] for split in ("train", "val") if samples[split]}
-    info = DatasetInfo(FORMAT_VERSION, samples.total(), splits, shards, source, built_with, fingerprint)
+    content = [plan["fingerprint"], [shard.sha256 for shard in shards]]
+    info = DatasetInfo(
+        FORMAT_VERSION,
+        samples.total(),
+        splits,
+        shards,
+        plan["source"],
+        {**plan["built_with"], "retry_rounds": rounds},
+        hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+    )
     write_atomically(root / DATASET_JSON, dataset_info_json(info))
-    failed = sum(window.failed for window in windows)
-    _log.info("%s: complete: %d samples %s, %d rows failed", root, info.num_samples, splits, failed)
+    dropped = sum(window.dropped for window in windows)
+    _log.info("%s: complete: %s, %d failed, %d duplicates dropped", root, splits, failed, dropped)
     return info
-
-
-def _summary(window: Window) -> str:
-    splits = ", ".join(f"{count} {split}" for split, count in sorted(window.samples.items())) or "no samples"
-    return f"{splits}, {window.failed} failed, {sum(shard.bytes for shard in window.shards) / 1e6:.1f} MB"

@@ -1,8 +1,8 @@
 """Bytes from URLs and paths, many at a time, with every failure turned into a reason.
 
-In: URLs (http, https, file) or plain local paths. Out: one `Fetched` per input, in input order, holding the
-bytes or the reason why not; nothing here raises for a bad URL. At most `2 * concurrency` results exist at
-any moment.
+In: URLs (http, https, file, object stores) or plain local paths. Out: one `Fetched` per input, in input
+order, holding the bytes or the reason why not; nothing here raises for a bad URL. At most `2 * concurrency`
+results exist at any moment.
 
 Addresses on private, loopback and link-local networks are refused unless the user allows them: a table from
 elsewhere must not make this machine read its neighbours' services. Every redirect is checked again, and so
@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import fsspec
 import httpx
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
+_STORES = ("s3", "gs", "gcs", "az", "abfs", "hf", "hdfs")  # through fsspec, with its own retries
 _LONGEST_WAIT = 60.0  # seconds before a retry, whatever the server asks for
 _LONGEST_BACKOFF = 20.0
 
@@ -101,16 +103,19 @@ class Fetcher:
 
     async def fetch(self, url: str) -> Fetched:
         """The bytes of one URL or path, or the reason why there are none. Raises nothing but cancellation."""
+        if is_local(url):
+            return await asyncio.to_thread(read_local, url, self.options.max_bytes)
         try:
-            parts = urllib.parse.urlsplit(url if "://" in url else "")
+            parts = urllib.parse.urlsplit(url)
         except ValueError as error:
             return Fetched(url, None, f"bad URL ({error})")
         scheme = parts.scheme.lower()
-        if scheme in ("", "file"):
-            path = urllib.parse.unquote(parts.path) if scheme else url
-            return await asyncio.to_thread(_read_file, url, Path(path), self.options.max_bytes)
+        if scheme in _STORES:
+            async with self._slots:
+                return await asyncio.to_thread(_read_store, url, self.options.max_bytes)
         if scheme not in ("http", "https"):
-            return Fetched(url, None, f"scheme {scheme}:// is not supported; use http, https, file or a path")
+            known = ", ".join(("http", "https", "file", *_STORES))
+            return Fetched(url, None, f"scheme {scheme}:// is not supported; use a path or one of {known}")
         host = parts.netloc.rpartition("@")[2].lower()
         slots = self._host_slots.setdefault(host, asyncio.Semaphore(self.options.per_host))
         for attempt in range(1, self.options.retries + 2):
@@ -263,8 +268,15 @@ def _retry_after(value: str | None) -> float:
     return min(max(seconds, 0.0), _LONGEST_WAIT) if seconds == seconds else 0.0
 
 
-def _read_file(url: str, path: Path, max_bytes: int) -> Fetched:
+def is_local(url: str) -> bool:
+    """A path or a file:// URL."""
+    return "://" not in url or url[:7].lower() == "file://"
+
+
+def read_local(url: str, max_bytes: int) -> Fetched:
+    """The bytes of a path or a file:// URL, or the reason why there are none."""
     try:
+        path = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path) if "://" in url else url)
         if not path.is_file():  # also pipes and devices, on which a read would hang
             return Fetched(url, None, "is no file" if path.exists() else "no such file")
         size = path.stat().st_size
@@ -273,3 +285,18 @@ def _read_file(url: str, path: Path, max_bytes: int) -> Fetched:
         return Fetched(url, path.read_bytes())
     except (OSError, ValueError) as error:
         return Fetched(url, None, f"cannot be read ({getattr(error, 'strerror', None) or error})")
+
+
+def _read_store(url: str, max_bytes: int) -> Fetched:
+    """The bytes of an object, through fsspec, or the reason why there are none."""
+    try:
+        with fsspec.open(url, "rb") as stream:
+            data = stream.read(max_bytes + 1)
+    except FileNotFoundError:
+        return Fetched(url, None, "no such object")
+    except Exception as error:  # whatever a store's client raises
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Fetched(url, None, f"cannot be read ({line})")
+    if len(data) > max_bytes:
+        return Fetched(url, None, f"more than the limit of {max_bytes} bytes")
+    return Fetched(url, data)

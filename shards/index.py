@@ -41,9 +41,12 @@ from shards.format import (
     dataset_info_json,
     read_dataset_info,
 )
-from shards.prepare import Prepared, check_picture, index_row, ledger_entry, split_of, with_pictures
-from shards.sources import Recipe, Row, RowMaker, make_row, row_maker
+from shards.ledger import ledger_line, ledger_part, reasons
+from shards.options import BuildOptions, check_fractions
+from shards.prepare import Prepared, check_picture, index_row, split_of, with_pictures
+from shards.rows import Recipe, Row, RowMaker, make_row, row_maker
 from shards.tars import Member, TarSample, scan
+from shards.window import index_part
 
 INDEXER = "indexer"  # in DatasetInfo.built_with of a dataset that was indexed, not built
 
@@ -105,9 +108,7 @@ def build_index(
     that cannot be used, a directory that another command has written.
     """
     options = options or IndexOptions()
-    for name in ("val_fraction", "min_success"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise BadInputError(f"{name} is {getattr(options, name)}; it must be from 0 to 1")
+    check_fractions(options, "val_fraction", "min_success")
     place = Path(root)
     tars = _find_tars(place)
     chosen = {name: value for name, value in asdict(options).items() if name != "min_success"}
@@ -159,7 +160,7 @@ def _index_tars(
     for folder in (INDEX_DIR, LEDGER_DIR):
         (root / folder).mkdir(exist_ok=True)
     fingerprint = hashlib.sha256(json.dumps(built_with).encode()).hexdigest()
-    expected = {_part_path(root, number) for number in range(len(tars))}
+    expected = {index_part(root, "", number) for number in range(len(tars))}
     strange = [
         path for path in (root / INDEX_DIR).glob("*.parquet") if path not in expected or _tag(path) is None
     ]
@@ -176,7 +177,7 @@ def _index_tars(
             "mtime_ns": path.stat().st_mtime_ns,
             "row": rows,
         }
-        part = _finished_part(_part_path(root, number), tag)
+        part = _finished_part(index_part(root, "", number), tag)
         if part is None:
             split = splits[number] if all(splits) else None
             part = _index_tar(root, number, path, tag, split, maker, options)
@@ -233,14 +234,13 @@ def _index_tar(
                 split = named_split or split_of(item, options.val_fraction)
                 index.append(index_row(item, split, path.name, sample, members))
                 samples[split] += 1
-            entry = ledger_entry(item, split, path.name)
-            ledger.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            ledger.write(ledger_line(item, split, path.name))
             rows += 1
         shard = ShardInfo(path.name, len(index), os.fstat(stream.fileno()).st_size, sha256)
-    write_atomically(root / LEDGER_DIR / f"part-{number:06d}.jsonl", ledger.getvalue().encode())
+    write_atomically(ledger_part(root, "", number), ledger.getvalue().encode())
     stored = {**tag, "rows": rows, "samples": dict(sorted(samples.items())), "shard": asdict(shard)}
     stored["prefixed"] = False
-    _write_part(_part_path(root, number), pa.Table.from_pylist(index, INDEX_SCHEMA), stored)
+    _write_part(index_part(root, "", number), pa.Table.from_pylist(index, INDEX_SCHEMA), stored)
     return _Part(shard, rows, samples, tuple(row["key"] for row in index))
 
 
@@ -268,6 +268,7 @@ def _prepare(
     row = maker.row(number, sample.key, fields)
     if row.fault is not None:
         return Prepared(row, (), row.fault), []
+    limits = BuildOptions(max_bytes=options.max_bytes, max_pixels=options.max_pixels)
     pictures = []
     for member in members:
         fetched = Fetched(
@@ -275,7 +276,7 @@ def _prepare(
         )
         if member.length <= options.max_bytes:
             fetched = Fetched(member.name, os.pread(descriptor, member.length, member.offset))
-        pictures.append(check_picture(member.name, fetched, options.max_pixels))
+        pictures.append(check_picture(member.name, fetched, limits))
     return with_pictures(row, pictures), members
 
 
@@ -301,7 +302,7 @@ def _finish(root: Path, parts: list[_Part], options: IndexOptions, built_with: d
     rows = sum(part.rows for part in parts)
     splits: Counter[str] = sum((part.samples for part in parts), Counter())
     if not splits or splits.total() < options.min_success * rows - 1e-9:
-        reason = _commonest_reason(root, len(parts))
+        reason = next(iter(reasons(root)), "the tars hold no samples")
         raise BadInputError(
             f"{root}: only {splits.total()} of {rows} samples can be used (min_success "
             f"{options.min_success:g}); most often: {reason}; every sample's outcome is in "
@@ -310,7 +311,7 @@ def _finish(root: Path, parts: list[_Part], options: IndexOptions, built_with: d
     keys = Counter(key for part in parts for key in part.keys)
     if len(keys) < splits.total():  # tars that each count from 0: told apart by the name of their tar
         for number, part in enumerate(parts):
-            _prefix_keys(_part_path(root, number), _prefix(part.shard.name))
+            _prefix_keys(index_part(root, "", number), _prefix(part.shard.name))
     shards = tuple(part.shard for part in parts)
     content = [[shard.name, shard.sha256] for shard in shards]
     fingerprint = hashlib.sha256(json.dumps([content, built_with]).encode()).hexdigest()
@@ -322,16 +323,6 @@ def _finish(root: Path, parts: list[_Part], options: IndexOptions, built_with: d
         "%s: complete: %d samples %s, %d failed", root, info.num_samples, info.splits, rows - splits.total()
     )
     return info
-
-
-def _commonest_reason(root: Path, parts: int) -> str:
-    reasons: Counter[str] = Counter()
-    for number in range(parts):
-        with (root / LEDGER_DIR / f"part-{number:06d}.jsonl").open() as stream:
-            reasons.update(
-                entry["reason"] for entry in map(json.loads, stream) if entry["reason"] is not None
-            )
-    return reasons.most_common(1)[0][0] if reasons else "the tars hold no samples"
 
 
 def _prefix_keys(path: Path, prefix: str) -> None:
@@ -375,7 +366,3 @@ def _finished_part(path: Path, tag: dict[str, Any]) -> _Part | None:
     if stored["prefixed"]:  # by an earlier call that was stopped just before its end
         keys = [key.removeprefix(_prefix(stored["name"])) for key in keys]
     return _Part(ShardInfo(**stored["shard"]), stored["rows"], Counter(stored["samples"]), tuple(keys))
-
-
-def _part_path(root: Path, number: int) -> Path:
-    return root / INDEX_DIR / f"part-{number:06d}.parquet"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.format import LEDGER_DIR, DatasetInfo, read_dataset_info, read_index
+from shards.format import DatasetInfo, read_dataset_info, read_index
+from shards.ledger import reasons
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def inspect(root: str) -> Inspection:
         cross_split,
         len(rows) - len(texts),
         tuple(Counter(replies).most_common(5)),
-        _failures(Path(root)),
+        reasons(Path(root)),
     )
 
 
@@ -121,11 +122,3 @@ def _duplicates(
     crossing = sum(len({row["split"] for row, _ in group}) > 1 for group in groups)
     named = tuple(tuple((row["shard"], image["member"]) for row, image in group) for group in groups)
     return named, crossing
-
-
-def _failures(root: Path) -> dict[str, int]:
-    reasons: Counter[str] = Counter()
-    for part in sorted((root / LEDGER_DIR).glob("*.jsonl")):
-        with part.open(encoding="utf-8") as stream:
-            reasons.update(entry["reason"] for entry in map(json.loads, stream) if entry["outcome"] != "ok")
-    return dict(reasons.most_common())

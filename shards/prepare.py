@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from shards.fetch import Fetched, Fetcher
+from shards.fetch import Fetched, Fetcher, is_local, read_local
 from shards.format import BadInputError
-from shards.images import ImageFacts, check_image
-from shards.sources import Row
+from shards.images import ImageFacts, check_image, shrink
+from shards.options import BuildOptions
+from shards.rows import Image, Row
 from shards.tars import Member, TarSample
 
 
@@ -34,34 +35,70 @@ class Picture:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row with its images fetched and checked. fault: why it cannot be used, None if it can."""
+    """A row with its images fetched and checked. fault: why it is not in the dataset, None if it can be.
+
+    dropped: it is good, but not wanted (a duplicate).
+    """
 
     row: Row
     pictures: tuple[Picture, ...]
     fault: str | None
+    dropped: bool = False
+
+    @property
+    def outcome(self) -> str:
+        return "ok" if self.fault is None else "dropped" if self.dropped else "failed"
 
 
-async def prepare(row: Row, base: Path, fetcher: Fetcher, max_pixels: int) -> Prepared:
-    """Fetches and checks the images of `row`; image paths start from `base`."""
+async def prepare(row: Row, base: str, fetcher: Fetcher, options: BuildOptions) -> Prepared:
+    """Fetches and checks the images of `row`; image paths start from `base`, a folder or a URL."""
     if row.fault is not None:
         return Prepared(row, (), row.fault)
+    places = [image if isinstance(image, bytes) else _place(image, base) for image in row.images]
+    if all(isinstance(place, bytes) or is_local(place) for place in places):
+        return await asyncio.to_thread(_prepare_local, row, places, options)  # one thread job for all of it
 
-    async def picture(name: str) -> Picture:
-        fetched = await fetcher.fetch(name if "://" in name else str(base / name))
-        return await asyncio.to_thread(check_picture, name, fetched, max_pixels)
+    async def picture(image: Image, place: Image) -> Picture:
+        if isinstance(place, bytes):
+            return await asyncio.to_thread(check_picture, "inline", Fetched("inline", place), options)
+        fetched = await fetcher.fetch(place)
+        return await asyncio.to_thread(check_picture, str(image), fetched, options)
 
-    return with_pictures(row, await asyncio.gather(*(picture(name) for name in row.images)))
+    return with_pictures(row, await asyncio.gather(*map(picture, row.images, places)))
 
 
-def check_picture(name: str, fetched: Fetched, max_pixels: int) -> Picture:
-    """Hashes and decodes the bytes of `fetched`; what is wrong with them is in `Picture.reason`."""
-    if fetched.data is None:
+def _place(image: str, base: str) -> str:
+    if "://" in image:
+        return image
+    return f"{base}/{image}" if "://" in base else os.path.join(base, image)
+
+
+def _prepare_local(row: Row, places: Sequence[Image], options: BuildOptions) -> Prepared:
+    pictures = []
+    for image, place in zip(row.images, places, strict=True):
+        if isinstance(place, bytes):
+            pictures.append(check_picture("inline", Fetched("inline", place), options))
+        else:
+            pictures.append(check_picture(str(image), read_local(place, options.max_bytes), options))
+    return with_pictures(row, pictures)
+
+
+def check_picture(name: str, fetched: Fetched, options: BuildOptions) -> Picture:
+    """Checks the bytes of `fetched`, makes them smaller if asked, hashes them; faults are in the `reason`."""
+    data = fetched.data
+    if data is None:
         return Picture(name, fetched, None, None, fetched.reason)
-    sha256 = hashlib.sha256(fetched.data).hexdigest()
+    if len(data) > options.max_bytes:
+        reason = f"{len(data)} bytes, more than the limit of {options.max_bytes}"
+        return Picture(name, fetched, None, None, reason)
     try:
-        return Picture(name, fetched, check_image(fetched.data, max_pixels), sha256, None)
+        facts = check_image(data, options.max_pixels, options.decode)
+        if options.max_side is not None and max(facts.width, facts.height) > options.max_side:
+            data, facts = shrink(data, facts, options.max_side)
+            fetched = Fetched(fetched.url, data, None, fetched.http_status, fetched.attempts)
+        return Picture(name, fetched, facts, hashlib.sha256(data).hexdigest(), None)
     except BadInputError as error:
-        return Picture(name, fetched, None, sha256, str(error))
+        return Picture(name, fetched, None, hashlib.sha256(data).hexdigest(), str(error))
 
 
 def with_pictures(row: Row, pictures: Sequence[Picture]) -> Prepared:
@@ -94,32 +131,6 @@ def index_row(
         "images": images,
         "messages": item.row.messages,
         "meta": json.dumps(item.row.meta, ensure_ascii=False),
-    }
-
-
-def ledger_entry(item: Prepared, split: str | None, shard: str | None) -> dict[str, Any]:
-    """One line of the ledger: what became of the row, and of each of its images."""
-    images = [
-        {
-            "image": picture.name,
-            "http_status": picture.fetched.http_status,
-            "bytes": None if picture.fetched.data is None else len(picture.fetched.data),
-            "sha256": picture.sha256,
-            "width": picture.facts.width if picture.facts else None,
-            "height": picture.facts.height if picture.facts else None,
-            "reason": picture.reason,
-        }
-        for picture in item.pictures
-    ]
-    outcome = "ok" if item.fault is None else "failed"
-    return {
-        "row": item.row.number,
-        "key": item.row.key,
-        "outcome": outcome,
-        "reason": item.fault,
-        "split": split,
-        "shard": shard,
-        "images": images,
     }
 
 

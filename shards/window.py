@@ -1,16 +1,19 @@
-"""One window of rows into tars, a ledger part and an index part; what `build` repeats until the source is
-done.
+"""One window of rows into tars, a ledger part and an index part; a worker repeats it until its rows are done.
 
 A window writes its tars (each holds one split), then its ledger part (the outcome of every row), then its
 index part, whose appearance commits the window: its schema metadata says which rows and shards it covers.
+The files of a worker carry its prefix in their numbers: "" where there is one worker, "0003-" for task 3,
+"r01-" for the first round of rows tried again.
 
-In: `Row`s. Out: files in the dataset directory, and a `Window` that says what they are. Called by `build`.
+In: `Prepared` rows. Out: files in the dataset directory, and a `Window` that says what they are. Called by
+`worker` and `build`.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +24,8 @@ import pyarrow.parquet as pq
 
 from shards.atomic import partial_path, publish, write_atomically
 from shards.format import INDEX_DIR, INDEX_SCHEMA, LEDGER_DIR, ShardInfo, sample_json
-from shards.prepare import Prepared, index_row, ledger_entry, split_of
+from shards.ledger import ledger_line, ledger_part
+from shards.prepare import Prepared, index_row, split_of
 from shards.tars import TarSample, TarShard
 
 _WINDOW_KEY = b"phi3v_window"
@@ -29,30 +33,35 @@ _WINDOW_KEY = b"phi3v_window"
 
 @dataclass
 class Window:
-    """What a window has written. rows: taken from the source; samples: those of them written, by split."""
+    """What a window has written. rows: taken from the source; samples: those of them written, by split;
+    dropped: good but not wanted; last: the worker's rows end with it.
+    """
 
     rows: int = 0
     samples: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
     shards: list[ShardInfo] = field(default_factory=list)
+    last: bool = False
 
     @property
     def failed(self) -> int:
-        return self.rows - self.samples.total()
+        return self.rows - self.samples.total() - self.dropped
 
 
 class WindowWriter:
-    """Writes window `number` of the dataset in `root`: `add` every row, then `commit` (or `abandon`).
+    """Writes window `number` of a worker into the dataset in `root`: `add` every row, then `commit` (or
+    `abandon`).
 
     first_shard: the number of the next tar. A tar is closed before it grows past `shard_bytes`, and at the
     end; there is one open per split. Until `commit`, `window` says what has been added, without its shards.
     """
 
     def __init__(
-        self, root: Path, number: int, first_shard: int, val_fraction: float, shard_bytes: int
+        self, root: Path, prefix: str, number: int, first_shard: int, val_fraction: float, shard_bytes: int
     ) -> None:
         self.window = Window()
         self.reasons: Counter[str] = Counter()  # of the rows that failed
-        self._root, self._number, self._next_shard = root, number, first_shard
+        self._root, self._prefix, self._number, self._next_shard = root, prefix, number, first_shard
         self._val_fraction, self._shard_bytes = val_fraction, shard_bytes
         self._open: dict[str, tuple[str, TarShard]] = {}
         self._index: list[dict[str, Any]] = []
@@ -61,38 +70,45 @@ class WindowWriter:
     def add(self, item: Prepared) -> None:
         self.window.rows += 1
         split = shard = None
-        if item.fault is None:
+        if item.outcome == "ok":
             split = split_of(item, self._val_fraction)
             shard, sample = self._write(split, item)
             self._index.append(index_row(item, split, shard, sample, sample.members[1:]))
             self.window.samples[split] += 1
+        elif item.outcome == "dropped":
+            self.window.dropped += 1
         else:
-            self.reasons[item.fault] += 1
-        self._ledger.write(json.dumps(ledger_entry(item, split, shard), ensure_ascii=False) + "\n")
+            self.reasons[str(item.fault)] += 1
+        self._ledger.write(ledger_line(item, split, shard))
 
-    def commit(self) -> Window:
+    def commit(self, last: bool) -> Window:
+        """last: no row of this worker is left."""
         for split in list(self._open):
             self._close(split)
         self.window.shards.sort(key=lambda shard: shard.name)
+        self.window.last = last
         self.write_ledger()
         stored = {
             "rows": self.window.rows,
             "samples": dict(sorted(self.window.samples.items())),
+            "dropped": self.window.dropped,
             "shards": [asdict(shard) for shard in self.window.shards],
+            "last": last,
         }
         self._index.sort(key=lambda row: (row["shard"], row["offset"]))
         schema = INDEX_SCHEMA.with_metadata({_WINDOW_KEY: json.dumps(stored).encode()})
         part = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(self._index, schema), part, compression="zstd")
-        write_atomically(_index_part(self._root, self._number), part.getvalue())
+        write_atomically(index_part(self._root, self._prefix, self._number), part.getvalue())
         return self.window
 
     def write_ledger(self) -> None:
         """Also for a window that will not be committed, so that the user sees why."""
-        write_atomically(_ledger_part(self._root, self._number), self._ledger.getvalue().encode())
+        place = ledger_part(self._root, self._prefix, self._number)
+        write_atomically(place, self._ledger.getvalue().encode())
 
     def abandon(self) -> None:
-        """Leaves partial files and tars that no index names; `committed_windows` deletes them."""
+        """Leaves partial files and tars that no index names; `delete_unfinished` deletes them."""
         for _, tar in self._open.values():
             tar.abandon()
 
@@ -107,7 +123,7 @@ class WindowWriter:
         if split in self._open and self._open[split][1].size + size > self._shard_bytes:
             self._close(split)
         if split not in self._open:
-            name = f"shard-{self._next_shard:06d}.tar"
+            name = f"shard-{self._prefix}{self._next_shard:06d}.tar"
             self._next_shard += 1
             self._open[split] = (name, TarShard(partial_path(self._root / name)))
         name, tar = self._open[split]
@@ -120,27 +136,29 @@ class WindowWriter:
         self.window.shards.append(ShardInfo(name, tar.samples, tar.size, sha256))
 
 
-def committed_windows(root: Path) -> list[Window]:
-    """The windows that are finished, in order. Whatever an unfinished one has left is deleted."""
-    for folder in (INDEX_DIR, LEDGER_DIR):
-        (root / folder).mkdir(exist_ok=True)
+def committed_windows(root: Path, prefix: str) -> list[Window]:
+    """The windows that a worker has finished, in order."""
     windows: list[Window] = []
-    while (part := _index_part(root, len(windows))).exists():
+    while (part := index_part(root, prefix, len(windows))).exists():
         stored = json.loads(pq.read_schema(part).metadata[_WINDOW_KEY])
         shards = [ShardInfo(**shard) for shard in stored["shards"]]
-        windows.append(Window(stored["rows"], Counter(stored["samples"]), shards))
-    kept = {root / shard.name for window in windows for shard in window.shards}
-    kept |= {_ledger_part(root, number) for number in range(len(windows))}
-    for pattern in ("shard-*.tar", f"{LEDGER_DIR}/*.jsonl", "**/.*.partial"):
-        for path in root.glob(pattern):
-            if path not in kept:
-                path.unlink()
+        samples = Counter(stored["samples"])
+        windows.append(Window(stored["rows"], samples, stored["dropped"], shards, stored["last"]))
     return windows
 
 
-def _index_part(root: Path, number: int) -> Path:
-    return root / INDEX_DIR / f"part-{number:06d}.parquet"
+def delete_unfinished(root: Path, prefix: str, windows: list[Window]) -> None:
+    """Deletes what a killed worker has left behind its finished `windows`."""
+    kept = {root / shard.name for window in windows for shard in window.shards}
+    kept |= {ledger_part(root, prefix, number) for number in range(len(windows))}
+    kept |= {index_part(root, prefix, number) for number in range(len(windows))}
+    mine = re.compile(rf"\.?(shard|part)-{prefix}\d{{6}}\.(tar|jsonl|parquet)(\.partial)?")
+    for folder in (root, root / INDEX_DIR, root / LEDGER_DIR):
+        for path in folder.iterdir():
+            if path not in kept and mine.fullmatch(path.name):
+                path.unlink()
 
 
-def _ledger_part(root: Path, number: int) -> Path:
-    return root / LEDGER_DIR / f"part-{number:06d}.jsonl"
+def index_part(root: Path, prefix: str, number: int) -> Path:
+    """Where the index of window `number` of a worker lies."""
+    return root / INDEX_DIR / f"part-{prefix}{number:06d}.parquet"

@@ -1,4 +1,4 @@
-"""The commands of `phi3v shards`, in processes of their own."""
+"""The commands of `phi3v shards`."""
 
 import os
 import signal
@@ -7,42 +7,58 @@ import sys
 import urllib.request
 from pathlib import Path
 
-CALL = [sys.executable, "-c", "from launch.cli_shards import app; app()"]
-ENVIRONMENT = {**os.environ, "COLUMNS": "200"}
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from launch.cli_shards import app
+from shards.format import BadInputError
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [*CALL, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_from_a_drawn_catalogue_to_a_verified_dataset(tmp_path: Path) -> None:
     catalogue, out = tmp_path / "catalogue", tmp_path / "out"
     made = run("sample", "--rows", 30, "--seed", 1, "--out", catalogue)
-    assert made.returncode == 0 and made.stdout == f"{catalogue / 'products.csv'}: 30 products\n"
+    assert made.exit_code == 0 and made.stdout == f"{catalogue / 'products.csv'}: 30 products\n"
     built = run(
         "build", catalogue / "products.csv", "--out", out, "--serve-dir", catalogue, "--val-fraction", 0.3
     )
-    assert built.returncode == 0 and f"{out}: 30 samples in 2 shards" in built.stdout, built.stderr
+    assert built.exit_code == 0 and f"{out}: 30 samples in 2 shards" in built.stdout, built.stderr
     good = run("verify", out, "--full")
-    assert good.returncode == 0 and "30 images (30 decoded)" in good.stdout
+    assert good.exit_code == 0 and "30 images (30 decoded)" in good.stdout
     seen = run("inspect", out)
-    assert seen.returncode == 0 and "images per sample: 1: 30" in seen.stdout
+    assert seen.exit_code == 0 and "images per sample: 1: 30" in seen.stdout
     for name in ("index", "ledger", "build.json", "dataset.json"):
         (out / name).rename(tmp_path / name)
     indexed = run("index", out, "--group-by", "product_code")
-    assert indexed.returncode == 0 and "30 samples" in indexed.stdout, indexed.stderr
+    assert indexed.exit_code == 0 and "30 samples" in indexed.stdout, indexed.stderr
     with (out / "shard-000000.tar").open("r+b") as tar:
         tar.write(b"x")
     bad = run("verify", out)
-    assert bad.returncode == 4 and "its sha256 is not that of dataset.json" in bad.stdout
+    assert bad.exit_code == 4 and "its sha256 is not that of dataset.json" in bad.stdout
+
+
+def test_a_recipe_and_tasks(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text("group_by: product_code\nmin_success: 1\n")
+    table = tmp_path / "catalogue/products.csv"
+    assert run("sample", "--rows", 9, "--out", table.parent).exit_code == 0
+    for task in ("0/2", "1/2"):
+        done = run("build", table, "--out", out, "--recipe", recipe, "--task", task)
+        assert done.exit_code == 0 and f"task {task} is done" in done.stdout, done.stderr
+    closed = run("verify", out)
+    assert closed.exit_code == 0 and "good: " in closed.stdout, closed.stderr
+    assert run("build", table, "--out", out, "--recipe", recipe, "--retry-failed").exit_code == 0
 
 
 def test_the_catalogue_is_served_until_interrupted(tmp_path: Path) -> None:
-    command = [*CALL, "sample", "--rows", "2", "--out", str(tmp_path), "--serve"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
-    )
+    code = "from launch.cli_shards import app; app()"
+    command = [sys.executable, "-c", code, "sample", "--rows", "2", "--out", str(tmp_path), "--serve"]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     process.stdout.readline()
     url = process.stdout.readline().split(" at ")[1].split()[0]
@@ -52,11 +68,26 @@ def test_the_catalogue_is_served_until_interrupted(tmp_path: Path) -> None:
     process.stdout.close()
 
 
-def test_faults_of_the_input_leave_as_bad_input_errors(tmp_path: Path) -> None:
-    for words in (
-        ["build", tmp_path / "no.csv", "--out", tmp_path / "o"],
-        ["verify", tmp_path],
-        ["inspect", tmp_path],
-    ):
-        failed = run(*words)
-        assert failed.returncode != 0 and "BadInputError" in failed.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["build", "TABLE", "--out", "OUT/o"], "no such file"),
+        (["build", "TABLE"], "--out is missing"),
+        (["build", "--out", "OUT/o"], "SOURCE .and no recipe that names one. is missing"),
+        (["build", "TABLE", "--out", "OUT/o", "--task", "1"], "--task 1: must be I/N, such as 0/8"),
+        (["build", "TABLE", "--out", "OUT/o", "--task", "0/2", "--retry-failed"], "first close the set"),
+        (["build", "TABLE", "--out", "OUT/o", "--recipe", "none"], "none: no such recipe"),
+        (["verify", "OUT"], "no dataset.json, so the dataset is incomplete"),
+        (["inspect", "OUT"], "no dataset.json, so the dataset is incomplete"),
+        (["index", "OUT"], "no .tar files to index"),
+    ],
+)
+def test_faults_of_the_input_leave_as_bad_input_errors(
+    tmp_path: Path, words: list[str], message: str
+) -> None:
+    failed = run(
+        *(word.replace("OUT", str(tmp_path)).replace("TABLE", f"{tmp_path}/no.csv") for word in words)
+    )
+    assert isinstance(failed.exception, BadInputError)
+    with pytest.raises(BadInputError, match=message):
+        raise failed.exception

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.format import BadInputError
-from shards.sources import PRODUCT_COLUMNS, PRODUCT_PROMPT, Recipe, Row, open_source
+from shards.rows import PRODUCT_COLUMNS, PRODUCT_PROMPT, Recipe, Row
+from shards.sources import open_source
 from tests.shards.conftest import write_csv
 
 ASK = Recipe(images=("image",), prompt="What is {name}?", answer="{price} {{EUR}}")
@@ -112,7 +113,7 @@ def test_messages_as_they_are_and_as_parts(tmp_path: Path) -> None:
         (Recipe(("image",), "{name", "{price}"), "write {{ and }} for braces"),
         (Recipe(("image",), "{name!r}", "{price}"), "only plain {column} fields"),
         (Recipe(("image",), "{name}"), "an answer template is needed"),
-        (Recipe(), "a prompt template is needed: the table is neither messages nor a product"),
+        (Recipe(), "a prompt template is needed: these are neither messages"),
         (Recipe(("image",), "{name}", "{price}", key="code"), "no column 'code' .asked for by key."),
     ],
 )
@@ -135,7 +136,7 @@ def test_files_that_are_no_sources_are_refused(tmp_path: Path) -> None:
         ("bad.csv", "not a readable csv file"),
         ("twice.csv", "two columns are named 'a'"),
         ("t.xlsx", "a .xlsx file; sources are"),
-        ("", "a directory; sources are"),
+        ("", "no pictures .* and no metadata.csv in it"),
     ]:
         with pytest.raises(BadInputError, match=words):
             open_source(str(tmp_path / name), ASK)

@@ -1,0 +1,86 @@
+"""How to build shards: the options, their limits, and which of them shape the bytes.
+
+In: values from the command line or a recipe. Out: `BuildOptions`, checked. Called by `build` and its parts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from shards.format import BadInputError
+from shards.rows import Recipe
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The first block shapes the bytes (and is recorded); the second only how they are got.
+
+    images, prompt, answer, key, group_by, meta: see `rows.Recipe`; without group_by rows with equal images
+    stay together. image_root: folder or URL that image paths start from; None: that of the source.
+    val_fraction: part of the groups that becomes the val split, by hash, so it is stable when rows are added.
+    shard_samples: rows per window, so the most samples of a tar. shard_bytes: a tar is closed before it grows
+    past it. max_bytes, max_pixels: of one image. max_side: larger images are made smaller, in pixels of the
+    longer side; None: the bytes stay as they are. duplicates: "keep", or "drop" samples whose images all came
+    before.
+
+    min_success: part of the rows that must succeed. decode: decode every image, not only walk through its
+    structure. concurrency: fetches at a time, per_host of them at one host. retries: after a failure that may
+    pass.
+    """
+
+    images: tuple[str, ...] = ()
+    prompt: str | None = None
+    answer: str | None = None
+    key: str | None = None
+    group_by: str | None = None
+    meta: tuple[tuple[str, str], ...] = ()
+    image_root: str | None = None
+    val_fraction: float = 0.1
+    shard_samples: int = 1000
+    shard_bytes: int = 256 * 2**20
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 100_000_000
+    max_side: int | None = None
+    duplicates: str = "keep"
+
+    min_success: float = 0.95
+    allow_private_hosts: bool = False
+    decode: bool = True
+    concurrency: int = 32
+    per_host: int = 16
+    retries: int = 3
+
+    def recipe(self) -> Recipe:
+        return Recipe(self.images, self.prompt, self.answer, self.key, self.group_by, self.meta)
+
+    def shaping(self) -> dict[str, Any]:
+        """The options that shape the bytes, as JSON has them."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _HOW_ONLY}
+        return dict(json.loads(json.dumps(chosen)))
+
+    def check(self) -> None:
+        """Raises BadInputError at a value that makes no sense."""
+        check_fractions(self, "val_fraction", "min_success")
+        for name in _AT_LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInputError(f"{name} is {value}; it must be at least 1")
+        if self.retries < 0:
+            raise BadInputError(f"retries is {self.retries}; it must be at least 0")
+        if self.duplicates not in ("keep", "drop"):
+            raise BadInputError(f"duplicates is {self.duplicates!r}; it must be keep or drop")
+
+
+def check_fractions(options: object, *names: str) -> None:
+    """Raises BadInputError if one of these fields is not from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise BadInputError(f"{name} is {getattr(options, name)}; it must be from 0 to 1")
+
+
+_HOW_ONLY = ("min_success", "allow_private_hosts", "decode", "concurrency", "per_host", "retries")
+_AT_LEAST_1 = (
+    "shard_samples", "shard_bytes", "max_bytes", "max_pixels", "max_side", "concurrency", "per_host",
+)  # fmt: skip
