@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "phi3v_packed"
 _WASTE = 1.25  # a group of documents may be this much larger than its tokens
+_HALF = (torch.bfloat16, torch.float16)  # what the variable-length kernel takes
 _QUERY_BLOCK = 1024  # queries at a time where a mask is needed: new tokens after a cache
 
 
@@ -85,9 +86,7 @@ def make_layout(cu_seqlens: torch.Tensor, tokens: torch.Tensor | None = None) ->
 
 
 def padded_layout(attention_mask: torch.Tensor) -> Layout:
-    """The layout of a padded batch: the real tokens of each row form a document. attention_mask: [B, T], 1 =
-    real.
-    """
+    """The layout of a padded batch: the real tokens (1 in attention_mask [B, T]) of a row are a document."""
     real = attention_mask.bool()
     lengths = real.sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
@@ -103,9 +102,7 @@ def causal_mask(attention_mask: torch.Tensor, queries: int) -> torch.Tensor:
 
 
 def block_mask(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Bool [1, 1, T, T] of a packed row, for `eager` only: to look at weights and to check the packed
-    attention.
-    """
+    """Bool [1, 1, T, T] of a packed row, for `eager` only: the independent check of the packed attention."""
     lengths = cu_seqlens.diff()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
     same = document[:, None] == document[None, :]
@@ -135,17 +132,11 @@ def packed_attention(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if layout.tokens is not None:
         q, k, v = (x.index_select(0, layout.tokens) for x in (q, k, v))
-    out = (
-        _varlen(q, k, v, layout, scaling)
-        if q.is_cuda and q.dtype in _HALF
-        else _grouped(q, k, v, layout, scaling)
-    )
+    attend = _varlen if q.is_cuda and q.dtype in _HALF else _grouped
+    out = attend(q, k, v, layout, scaling)
     if layout.tokens is not None:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, layout.tokens, out)
     return out.view(batch, length, *out.shape[1:]), None
-
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def _varlen(
@@ -189,8 +180,9 @@ def _cached(
 ) -> torch.Tensor:
     queries, keys = query.shape[2], key.shape[2]
     gqa = query.shape[1] != key.shape[1]
-    if attention_mask is None and queries == 1:
-        out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=gqa)
+    if queries == 1:
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2).contiguous()
     if attention_mask is None:
         attention_mask = torch.ones(query.shape[0], keys, dtype=torch.bool, device=query.device)

@@ -50,18 +50,13 @@ class LossHead(nn.Linear):
     """
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [..., H] -> logits [..., V]; with targets int64 [N] and hidden [N, H]: float32 sum of the
-        NLL.
-        """
+        """hidden [..., H] -> logits [..., V]; with targets int64 [N], hidden [N, H]: sum of NLL, float32."""
         if targets is None:
             return F.linear(hidden, self.weight)
         # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13).
         options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
-        return (
-            F.linear_cross_entropy(hidden, self.weight, targets, reduction="none", options=options)
-            .float()
-            .sum()
-        )
+        nll = F.linear_cross_entropy(hidden, self.weight, targets, reduction="none", options=options)
+        return nll.float().sum()
 
 
 class Phi3VModel(nn.Module):
@@ -108,8 +103,6 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
 
     def __init__(self, config: Phi3VConfig) -> None:
-        if config._attn_implementation != "eager":
-            config._attn_implementation = NAME
         super().__init__(config)
         self.model = Phi3VModel(config)
         self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
@@ -135,6 +128,16 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         model.model.vision_embed_tokens.img_processor.vision_model.freeze_dead()  # loading unfreezes them
         _stop_at_turns(model)
         return (model, info) if output_loading_info else model
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        """The private attention, whatever kernel is asked for (it picks its own), unless it is "eager"."""
+        return "eager" if attn_implementation == "eager" else NAME
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -169,19 +172,22 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         row: PackedRow | None = None,
         return_logits: bool = False,
         return_dict: bool | None = None,
-        **_: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast | torch.Tensor | tuple:
         """Published convention, or a packed row; nothing the caller passes is modified.
 
         input_ids: int64 [B, T], image positions negative, row-major in the order of the pictures.
-        attention_mask: [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised,
-        global view first.
-        image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels: int64 [B, T], -100
-        ignored; the loss is the mean over the others. Returns CausalLMOutputWithPast with float32 logits.
+        attention_mask: [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised, global
+        view first. image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels: int64
+        [B, T], negative ignored; the loss is the mean over the others. Returns CausalLMOutputWithPast, logits
+        float32.
 
         row: the packed way; every other tensor is in it. Returns the float32 sum of the negative log
         likelihoods of its targets, or float32 logits [T, V] with `return_logits`.
         """
+        for name in ("output_attentions", "output_hidden_states"):
+            if others.get(name):
+                raise ValueError(f"{name} is not supported; put a forward hook on model.model.layers")
         if row is not None:
             return self._forward_row(row, return_logits)
         if (input_ids is None) == (inputs_embeds is None):
@@ -215,7 +221,9 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(kept).float()
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+            targets = labels[:, 1:].flatten()
+            targets = targets.masked_fill(targets < 0, IGNORE)  # labels cloned from input_ids hold image ids
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE)
         cache = past_key_values if use_cache else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output

@@ -29,8 +29,8 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 def global_views(tiles: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
     """The global view of each picture: its normalised, padded canvas squeezed to one tile, bicubic.
 
-    tiles: uint8 [tiles, 3, S, S], picture after picture; grids: int64 [pictures, 2]. float32 [pictures, 3, S,
-    S].
+    tiles: uint8 [tiles, 3, S, S], picture after picture; grids: int64 [pictures, 2]. Out: float32
+    [pictures, 3, S, S].
     """
     side = tiles.shape[-1]
     views = []
@@ -163,17 +163,13 @@ class VisionEmbedding(nn.Module):
         return self.img_processor.vision_model(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def _merge(self, features: torch.Tensor) -> torch.Tensor:
-        """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]; 2 x 2 patches, row-major, side by
-        side.
-        """
+        """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]: 2 x 2 patches side by side."""
         half = self.side // 2
         blocks = features.view(len(features), half, 2, half, 2, features.shape[-1])
         return blocks.transpose(2, 3).reshape(len(features), half, half, 4 * features.shape[-1])
 
     def _rows(self, merged: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-        """rows * cols views laid out as one picture, sub_GN at the end of each row of features; [tokens, 4
-        width].
-        """
+        """rows * cols views as one picture, each row of features ended by sub_GN: [tokens, 4 width]."""
         half = self.side // 2
         width = merged.shape[-1]
         picture = merged.view(rows, cols, half, half, width).transpose(1, 2)

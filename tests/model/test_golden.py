@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from phi3v_dist.model import Phi3VConfig, Phi3VForCausalLM
+from phi3v_dist.model import PackedRow, Phi3VConfig, Phi3VForCausalLM
 from phi3v_dist.model.attention import NAME
+from phi3v_dist.processor.image import hd_tiles
 from phi3v_dist.processor.processing import image_inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -124,3 +125,37 @@ def check_features(features: torch.Tensor, arrays: dict, shape: list[int]) -> No
         atol=2e-5,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize(
+    "case", ["text_only", "rope_len64_short", "rope_len65_long", "rope_len150_long", "png_two_images"]
+)
+@pytest.mark.parametrize("attention", [NAME, "eager"])
+def test_the_same_numbers_as_a_packed_row(case: str, attention: str) -> None:
+    """Cases of one document, pictures from uint8 tiles; loss = golden mean x number of labels."""
+    facts, arrays, inputs = case_inputs(case)
+    model = golden_model(facts["config"], attention)
+    pictures = [
+        Image.open(GOLDEN / f"image_processor/images/{name}.png").convert("RGB")
+        for name in facts.get("pngs", [])
+    ]
+    tiles = [torch.from_numpy(hd_tiles(picture, facts["num_crops"])) for picture in pictures]
+    input_ids = inputs["input_ids"][0]
+    labels = inputs["labels"][0].clone()
+    row = PackedRow(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=torch.arange(len(input_ids)),
+        cu_seqlens=torch.tensor([0, len(input_ids)], dtype=torch.int32),
+        tiles=torch.cat(tiles) if tiles else torch.zeros(0, 3, 336, 336, dtype=torch.uint8),
+        grids=inputs["image_sizes"] // 336 if pictures else torch.zeros(0, 2, dtype=torch.int64),
+        image_positions=(input_ids < 0).nonzero()[:, 0],
+        vision_calls=1,
+    )
+    with torch.no_grad():
+        logits = model(row=row, return_logits=True)
+        loss = model(row=row)
+    rows, cols = torch.from_numpy(arrays["keep"]).long().unbind(1)
+    assert not rows.any()
+    torch.testing.assert_close(logits[cols], torch.from_numpy(arrays["logits"]), atol=2e-5, rtol=0)
+    assert abs(loss.item() / facts["num_label_tokens"] - facts["loss"]) < 5e-6
