@@ -1,10 +1,11 @@
 """The native Phi-3-V: `configuration`, `modeling` and its parts, `hub` (checkpoints), `row` (the packed row).
 
-Importing it makes AutoConfig and AutoModelForCausalLM know model_type `phi3_v`.
+Importing it makes AutoConfig, AutoModelForCausalLM and AutoProcessor know model_type `phi3_v`.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import phi3v_dist.processor.processing  # noqa: F401 - registers the processor
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.modeling import Phi3VForCausalLM
 from phi3v_dist.model.row import PackedRow

@@ -177,10 +177,10 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         """Published convention, or a packed row; nothing the caller passes is modified.
 
         input_ids: int64 [B, T], image positions negative, row-major in the order of the pictures.
-        attention_mask: [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised, global
-        view first. image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels: int64
-        [B, T], negative ignored; the loss is the mean over the others. Returns CausalLMOutputWithPast, logits
-        float32.
+        attention_mask: [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised,
+        global view first. image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels:
+        int64 [B, T], negative ignored; the loss is the mean over the others. Returns CausalLMOutputWithPast,
+        logits float32.
 
         row: the packed way; every other tensor is in it. Returns the float32 sum of the negative log
         likelihoods of its targets, or float32 logits [T, V] with `return_logits`.

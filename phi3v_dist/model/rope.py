@@ -35,17 +35,16 @@ class LongRope:
         """float32 [2, head_dim / 2]: short and long frequencies, radians per position."""
         device = torch.device(device)
         if device not in self._inv_freq:
-            exponents = (
-                torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32)
-                / self.head_dim
-            )
-            bases = self.theta**exponents
-            factors = self._factors or ([1.0] * len(bases),) * 2
-            made = torch.stack(
-                [1.0 / (torch.tensor(list(f), dtype=torch.float32, device="cpu") * bases) for f in factors]
-            )
-            self._inv_freq[device] = made.to(device)
+            with torch.inference_mode(False):  # training may use what generation made
+                self._inv_freq[device] = self._frequencies().to(device)
         return self._inv_freq[device]
+
+    def _frequencies(self) -> torch.Tensor:
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32)
+        bases = self.theta ** (exponents / self.head_dim)
+        factors = self._factors or ([1.0] * len(bases),) * 2
+        made = [1.0 / (torch.tensor(f, dtype=torch.float32, device="cpu") * bases) for f in factors]
+        return torch.stack(made)
 
     def batch(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, head_dim] by the published rule; position_ids: int64 [B, T]."""
