@@ -47,9 +47,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     Example: torchrun --nproc-per-node 8 -m launch.cli train configs/burberry.yaml train.lr=1e-5
     """
-    from phi3v_dist.config import load_config
+    from phi3v_dist.inputs import load_run
 
-    run = load_config(config, overrides or [])
+    run = load_run(config, overrides or [])
     is_main = os.environ.get("RANK", "0") == "0"
     code, reason = CRASHED, "crashed"
     try:
@@ -77,6 +77,24 @@ def train(config: Config, overrides: Overrides = None) -> None:
             record_exit(run.run_dir, code, reason)
     if code:
         raise SystemExit(code)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    dp: Annotated[int, typer.Option(min=1, help="data-parallel ranks")] = 1,
+) -> None:
+    """Show what a config makes of its data: rows, fill, steps, balance. No GPU, no picture is read.
+
+    Example: phi3v plan configs/burberry.yaml --dp 16
+    """
+    from phi3v_dist.inputs import load_run
+
+    run = load_run(config, overrides or [])
+    from phi3v_dist.data.describe import describe_plan
+
+    print("\n".join(describe_plan(run, dp)))
 
 
 @app.command()

@@ -23,7 +23,7 @@ from launch.description import (
 )
 from launch.node import run_node
 from launch.watch import PARENT_VARIABLE
-from phi3v_dist.config import load_config
+from phi3v_dist.inputs import load_run
 from shards.format import BadInputError
 
 CPU_PROCESSES = 2
@@ -38,7 +38,7 @@ def launch_local(
     process, no torchrun, standard input connected, so that `breakpoint()` works. Raises BadInputError: config
     not usable, more processes than GPUs.
     """
-    config = load_config(config_path, overrides)
+    config = load_run(config_path, overrides)
     gpus = visible_gpus()
     if processes is not None and processes < 1:
         raise BadInputError(f"{processes} processes: at least one is needed")

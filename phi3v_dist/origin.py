@@ -41,37 +41,38 @@ def prepare_origin(config: RunConfig, run_dir: Path, mesh: Mesh) -> Origin:
     Raises BadInputError: no such directory, not a Phi-3-V checkpoint, a vocabulary smaller than the
     tokenizer.
     """
-    model_dir, tokenizer_dir = mesh.on_main(lambda: _make(config, run_dir))
+    model_dir, tokens = mesh.on_main(lambda: _make(config, run_dir))
     model_config = load_config(model_dir)
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokens)
     if len(tokenizer) > model_config.vocab_size:
         raise BadInputError(
-            f"{tokenizer_dir}: {len(tokenizer)} tokens, more than the model's vocab_size "
+            f"{tokens}: {len(tokenizer)} tokens, more than the model's vocab_size "
             f"{model_config.vocab_size}; use the model's own tokenizer"
         )
-    return Origin(model_dir, model_config, tokenizer_dir, tokenizer)
+    return Origin(model_dir, model_config, tokens, tokenizer)
 
 
 def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
     """(model_dir, tokenizer_dir), made where they are missing."""
-    tokenizer_dir = _tokenizer_dir(config, run_dir)
+    tokens = tokenizer_dir(config, run_dir)
     if config.model.path is not None:
         load_config(config.model.path)
-        load_tokenizer(tokenizer_dir)
-        return Path(config.model.path), tokenizer_dir
+        load_tokenizer(tokens)
+        return Path(config.model.path), tokens
     if not (run_dir / INIT / "config.json").exists():
         init_random_checkpoint(
-            _new_config(config.model.config or {}, load_tokenizer(tokenizer_dir)),
+            _new_config(config.model.config or {}, load_tokenizer(tokens)),
             run_dir / INIT,
             seed=config.seed,
             dtype=torch.float32,
             num_crops=config.data.num_crops,
-            tokenizer_dir=tokenizer_dir,
+            tokenizer_dir=tokens,
         )
-    return run_dir / INIT, tokenizer_dir
+    return run_dir / INIT, tokens
 
 
-def _tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:
+def tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:
+    """The directory of the run's tokenizer; trained there, into RUN/tokenizer, if the run brings none."""
     if config.model.tokenizer is not None:
         return Path(config.model.tokenizer)
     if config.model.path is not None:

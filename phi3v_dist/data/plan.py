@@ -207,7 +207,7 @@ def rank_rows(
 
     Rows of similar cost share a micro-step, because ZeRO-3 makes every rank wait for the slowest in each.
     """
-    by_cost = sorted(range(len(step.rows)), key=lambda i: (-_row_cost(costs, step.rows[i]), i))
+    by_cost = sorted(range(len(step.rows)), key=lambda i: (-row_cost(costs, step.rows[i]), i))
     mine = []
     for first in range(0, len(by_cost), dp_size):
         together = [step.rows[i] for i in by_cost[first : first + dp_size]]
@@ -251,7 +251,7 @@ class RankRows(Sequence[MicroRow]):
         return self._rows[micro]
 
 
-def _row_cost(costs: SampleCosts, samples: np.ndarray) -> float:
+def row_cost(costs: SampleCosts, samples: np.ndarray) -> float:
     """Work of a row in the work of one token's linear layers, by the FLOPs of the published sizes.
 
     A token costs 7.25 GFLOP, attention 0.197 MFLOP x L x L in a document of L tokens (half masked), a view
