@@ -227,8 +227,12 @@ def verify(
 
 
 @app.command()
-def inspect(directory: Annotated[str, typer.Argument(help="A dataset directory.")]) -> None:
+def inspect(
+    directory: Annotated[str, typer.Argument(help="A dataset directory.")],
+    html: Annotated[Path | None, typer.Option(help="Also write a page with pictures and histograms.")] = None,
+) -> None:
     """Prints counts, image sizes, text lengths, duplicates and failed rows."""
+    from shards.atomic import write_atomically
     from shards.inspect import Spread
     from shards.inspect import inspect as inspect_dataset
 
@@ -260,6 +264,12 @@ def inspect(directory: Annotated[str, typer.Argument(help="A dataset directory."
         typer.echo(f"  reply {count} times: {reply[:80]!r}")
     for reason, count in found.failed.items():
         typer.echo(f"  failed {count} times: {reason}")
+    if html is not None:
+        from shards.page import make_page
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(html, make_page(directory, found).encode())
+        typer.echo(f"page: {html}")
 
 
 def _splits(splits: dict[str, int]) -> str:

@@ -218,26 +218,23 @@ def _json_array(text: io.TextIOWrapper) -> Iterator[Record]:
     decoder = json.JSONDecoder()
     buffer = text.read(2**20).lstrip()
     if not buffer.startswith("["):
-        raise json.JSONDecodeError(
-            "not a list of records; one record a line goes into a .jsonl file", buffer[:20], 0
-        )
-    buffer = buffer[1:]
+        wanted = "not a list of records; one record a line goes into a .jsonl file"
+        raise json.JSONDecodeError(wanted, buffer[:20], 0)
+    place = 1
     while True:
-        buffer = buffer.lstrip(" \t\r\n,")
-        if buffer.startswith("]"):
+        while place < len(buffer) and buffer[place] in " \t\r\n,":
+            place += 1
+        if buffer.startswith("]", place):
             return
         try:
-            record, end = decoder.raw_decode(buffer)
-            if not isinstance(record, dict):
-                record = f"JSON of type {type(record).__name__}, not an object"
-        except json.JSONDecodeError:
-            more = text.read(max(2**20, len(buffer)))
+            record, place = decoder.raw_decode(buffer, place)
+        except json.JSONDecodeError:  # cut by the end of the buffer, or really none
+            more = text.read(max(2**20, len(buffer) - place))
             if not more:
                 raise
-            buffer += more
+            buffer, place = buffer[place:] + more, 0
             continue
-        yield record
-        buffer = buffer[end:]
+        yield record if isinstance(record, dict) else f"JSON of type {type(record).__name__}, not an object"
 
 
 def _open_folder(source: str, recipe: Recipe) -> Source:
@@ -304,15 +301,24 @@ def _open_hf(source: str, recipe: Recipe) -> Source:
     def part(task: int, tasks: int, start: int) -> Iterator[Row]:
         """Whole files go to the tasks where there are enough; else every task skips the others' rows."""
         if tasks == 1:
-            return _rows(stream.skip(start), start, 1, make, recipe)
+            return _rows(_guarded(source, stream.skip(start)), start, 1, make, recipe)
         if stream.num_shards >= tasks:
             mine = stream.shard(num_shards=tasks, index=task, contiguous=False).skip(start)
         else:
             mine = islice(iter(stream), task + start * tasks, None, tasks)
-        return _rows(mine, task + start * tasks, tasks, make, recipe)
+        return _rows(_guarded(source, mine), task + start * tasks, tasks, make, recipe)
 
     identity = f"{name}@{revision or getattr(stream.info, 'dataset_version', None) or ''}#{split or 'train'}"
     return Source(source, name, None, hashlib.sha256(identity.encode()).hexdigest(), part)
+
+
+def _guarded(source: str, records: Iterable[Record]) -> Iterator[Record]:
+    """The records; what a hub or a network raises on the way becomes a BadInputError."""
+    try:
+        yield from records
+    except Exception as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInputError(f"{source}: reading stopped ({line}); run again to go on") from error
 
 
 def _sha256(stream: IO[bytes]) -> str:

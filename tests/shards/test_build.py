@@ -256,3 +256,69 @@ def test_progress_counts_the_rows_of_an_earlier_call_too(tmp_path: Path, table: 
     began = time.monotonic()
     build(str(source), str(tmp_path / "out"), ASK, lambda done, total: seen.append(done))
     assert seen == list(range(11, 31)) and time.monotonic() - began < 20
+
+
+def test_duplicates_are_dropped_and_named_also_after_a_kill(
+    tmp_path: Path, table: Callable[..., Path]
+) -> None:
+    source = table(20)
+    for number in (3, 15, 19):
+        (source.parent / f"{number}.jpg").write_bytes((source.parent / "1.jpg").read_bytes())
+    options = changed(duplicates="drop", min_success=1)
+
+    def stop(done: int, total: int) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(str(source), str(tmp_path / "out"), options, stop)
+    assert build(str(source), str(tmp_path / "out"), options).num_samples == 17
+    dropped = [entry for entry in ledger(tmp_path / "out") if entry["outcome"] == "dropped"]
+    assert [(entry["row"], entry["reason"]) for entry in dropped] == [
+        (number, "duplicate: its images are those of row 1") for number in (3, 15, 19)
+    ]
+    build(str(source), str(tmp_path / "whole"), options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_large_images_are_made_smaller_if_asked(tmp_path: Path, table: Callable[..., Path]) -> None:
+    build(str(table(4, size=(300, 200))), str(tmp_path / "out"), changed(max_side=150))
+    rows = read_index(str(tmp_path / "out")).to_pylist()
+    assert {(row["images"][0]["width"], row["images"][0]["height"]) for row in rows} == {(150, 100)}
+    assert verify(str(tmp_path / "out"), decode=1).faults == ()
+
+
+def test_a_source_of_unknown_length_is_built_and_goes_on(
+    tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    import datasets
+
+    features = datasets.Features({"photo": datasets.Image(), "name": datasets.Value("string")})
+    columns = {"photo": [{"bytes": picture(n), "path": None} for n in range(25)], "name": ["x"] * 25}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "data/train.parquet"))
+    options = BuildOptions(("photo",), "?", "{name}", shard_samples=5)
+
+    def stop(done: int, total: int) -> None:
+        assert total == 0
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(f"hf:{tmp_path / 'data'}", str(tmp_path / "out"), options, stop)
+    assert build(f"hf:{tmp_path / 'data'}", str(tmp_path / "out"), options).num_samples == 25
+    assert verify(str(tmp_path / "out"), decode=1).faults == ()
+    assert ledger(tmp_path / "out")[0]["images"][0]["image"] == "inline"
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path, table: Callable[..., Path]) -> None:
+    """A file size limit stands in for the full disk: the same error comes from the same call."""
+    code = (
+        "import resource, signal, sys; from shards.build import BuildOptions, build\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"build({str(table(40))!r}, {str(tmp_path / 'out')!r}, BuildOptions(**{ASK.__dict__!r}))"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = failed.stderr.strip().splitlines()[-1]
+    assert failed.returncode == 1 and "BadInputError" in last and "cannot write (File too large" in last

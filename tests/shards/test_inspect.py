@@ -1,10 +1,13 @@
 """Inspect counts what is there."""
 
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 from shards.build import BuildOptions, build
+from shards.format import read_index
 from shards.inspect import Spread, inspect, spread
+from shards.page import make_page
 from tests.shards.conftest import write_csv
 
 
@@ -33,3 +36,24 @@ def test_counts_sizes_texts_duplicates_and_failures(tmp_path: Path, picture: Cal
 def test_spread() -> None:
     assert spread([]) == Spread(0, 0, 0, 0, 0)
     assert spread(range(100)) == Spread(0, 49, 94, 99, 4950)
+
+
+def test_the_page_shows_everything_and_needs_nothing_beside_it(
+    tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number // 2))
+    rows = [(f"{n}.jpg", f"<b>item {n}</b>", n) for n in range(4)]
+    source = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [*rows, ("none.jpg", "x", 9)])
+    options = BuildOptions(("image",), "{name}?", "yes", group_by="price", val_fraction=0.5, min_success=0.5)
+    build(str(source), str(tmp_path / "out"), options)
+    row = read_index(str(tmp_path / "out")).to_pylist()[0]
+    with (tmp_path / "out" / row["shard"]).open("r+b") as tar:
+        tar.seek(row["images"][0]["offset"])
+        tar.write(b"damaged")
+    page = make_page(str(tmp_path / "out"), inspect(str(tmp_path / "out")))
+    HTMLParser(convert_charrefs=False).feed(page)
+    assert "&lt;b&gt;item 0&lt;/b&gt;?" in page and "<b>item" not in page
+    assert page.count("data:image/jpeg;base64,") >= 3 and "cannot identify image file" in page
+    assert "no such file" in page and page.count("<svg") == 5
+    assert "http" not in page and "<script" not in page and " src=" in page

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,93 @@ def test_a_row_of_other_length_is_a_bad_row(tmp_path: Path) -> None:
     ]
     with pytest.raises(BadInputError, match="no row can be read; row 0: not JSON"):
         open_source(str(jsonl(tmp_path / "bad.jsonl", "{", "{")), ASK)
+
+
+def test_llava_json_is_read_element_by_element(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A bus."},
+        {"from": "human", "value": "What colour?"},
+        {"from": "gpt", "value": "Red [and] {white}."},
+    ]
+    two = [{"from": "human", "value": "Is <image> like <image>?"}, {"from": "gpt", "value": "No."}]
+    records = [
+        {"id": "a/1", "image": "coco/1.jpg", "conversations": turns},
+        {"id": "a/2", "images": ["1.jpg", "2.jpg"], "conversations": two},
+        {
+            "id": "a/3",
+            "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}],
+        },
+        7,
+        {"id": "a/4", "image": "1.jpg", "conversations": two},
+        {"id": "a/5", "conversations": [{"from": "robot", "value": "x"}]},
+        {"id": "a/6", "image": "1.jpg", "conversations": turns[2:]},
+    ]
+    for name, text in [("short", json.dumps(records)), ("long", json.dumps(records, indent=300_000))]:
+        (tmp_path / f"{name}.json").write_text(text)
+        rows = rows_of(tmp_path / f"{name}.json", Recipe(key="id"))
+        first, second, third, *bad, last = rows
+        assert first.key == "00000000-a_1" and first.images == ("coco/1.jpg",) and first.meta == {"id": "a/1"}
+        assert [message["role"] for message in first.messages] == ["user", "assistant"] * 2
+        assert first.messages[0]["content"] == "<|image_1|>\nWhat is it?"
+        assert second.messages[0]["content"] == "Is <|image_1|> like <|image_2|>?"
+        assert third.images == () and third.fault is None
+        assert last.messages[0]["content"] == "<|image_1|>\nWhat colour?"
+        assert [row.fault for row in bad] == [
+            "JSON of type int, not an object",
+            "1 image(s) but 2 placeholder(s) <image>",
+            "a turn from 'robot'; known are human, user, gpt, assistant, system",
+        ]
+    (tmp_path / "one.json").write_text('{"conversations": []}')
+    (tmp_path / "cut.json").write_text(json.dumps(records)[:-20])
+    for name, words in [("one", "not a list of records"), ("cut", "not a readable json file")]:
+        with pytest.raises(BadInputError, match=words):
+            open_source(str(tmp_path / f"{name}.json"), Recipe())
+
+
+def test_a_folder_of_classes_and_captions(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    for number, name in enumerate(["cats/b.jpg", "cats/a.PNG", "dogs/old/c.webp", "d.jpg"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(number))
+    (tmp_path / "cats/b.txt").write_text("Two cats.")
+    (tmp_path / "notes.md").write_text("x")
+    rows = rows_of(tmp_path, Recipe(prompt="Which animal?", answer="{label}"))
+    faults = [row.fault for row in rows]
+    assert faults == [None, None, "column 'label' is empty", None]
+    assert [row.messages[1]["content"] for row in rows if row.fault is None] == ["cats", "cats", "old"]
+    captioned = [
+        row for row in rows_of(tmp_path, Recipe(prompt="?", answer="{caption}")) if row.fault is None
+    ]
+    assert [(row.images, row.messages[1]["content"]) for row in captioned] == [(("cats/b.jpg",), "Two cats.")]
+
+
+def test_a_folder_with_its_own_table(tmp_path: Path) -> None:
+    write_csv(tmp_path / "metadata.csv", ("file_name", "text"), [("x.jpg", "one"), ("y.jpg", "two")])
+    rows = rows_of(tmp_path, Recipe(prompt="?", answer="{text}"))
+    assert [row.images for row in rows] == [("x.jpg",), ("y.jpg",)]
+
+
+def test_a_hugging_face_dataset_with_pictures_in_it(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    import datasets
+
+    features = datasets.Features({"photo": datasets.Image(), "name": datasets.Value("string")})
+    columns = {"photo": [{"bytes": picture(n), "path": None} for n in range(3)], "name": ["a", "b", None]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    source = open_source(f"hf:{tmp_path}", Recipe(("photo",), "?", "{name}"))
+    rows = list(source.rows())
+    assert source.num_rows is None and [row.fault for row in rows] == [None, None, "column 'name' is empty"]
+    assert rows[1].images == (picture(1),) and rows[1].meta == {"name": "b"}
+    assert list(source.rows(1)) == rows[1:]
+    with pytest.raises(BadInputError, match="cannot be loaded by `datasets`") as caught:
+        open_source(f"hf:{tmp_path}#test", Recipe(("photo",), "?", "{name}"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadInputError, match="no column 'picture'"):
+        open_source(f"hf:{tmp_path}", Recipe(("picture",), "?", "{name}"))
+
+
+def test_meta_can_be_chosen_and_renamed(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [("a.jpg", "x", 1)])
+    (row,) = rows_of(path, Recipe(("image",), "?", "{name}", meta=(("title", "name"), ("price", "price"))))
+    assert row.meta == {"title": "x", "price": "1"}
+    with pytest.raises(BadInputError, match="no column 'cost' .asked for by meta."):
+        open_source(str(path), Recipe(("image",), "?", "{name}", meta=(("price", "cost"),)))
