@@ -245,9 +245,8 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         if return_logits:
             return self.lm_head(hidden).float()
         targets = F.pad(row.labels[1:], (0, 1), value=IGNORE)
-        targets[(row.cu_seqlens[1:] - 1).clamp(min=0).long()] = (
-            IGNORE  # the last of a document predicts nothing
-        )
+        last = (row.cu_seqlens[1:] - 1).clamp(min=0).long()
+        targets[last] = IGNORE  # the last position of a document predicts nothing
         chosen = (targets != IGNORE).nonzero()[:, 0]
         if not len(chosen):  # lm_head takes part on every rank, whatever its row
             return self.lm_head(hidden[:1], targets.new_zeros(1)) * 0.0

@@ -177,3 +177,17 @@ def test_bf16_stays_near_float32(tiny, six) -> None:
         norms.append(torch.stack(grads).norm().item())
     assert losses[1] == pytest.approx(losses[0], abs=0.005)
     assert norms[1] == pytest.approx(norms[0], rel=0.006)
+
+
+def test_a_document_never_predicts_the_first_token_of_the_next(tiny) -> None:
+    """Even where a row breaks its contract and labels first tokens."""
+    model = tiny.model()
+    documents = [tiny.document(1, 20), tiny.document(2, 33), tiny.document(3, 7)]
+    row = tiny.pack(documents)
+    with torch.no_grad():
+        loss = model(row=replace(row, labels=row.input_ids))
+        expected = 0.0
+        for document in documents:
+            ids = torch.tensor([document.input_ids])
+            expected += model(ids, labels=ids).loss * (len(document.input_ids) - 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
