@@ -53,7 +53,7 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
         raise BadInputError(fault)
     ranks = unset_here(rank_environment(member.processes, on_gpu, cores(), member.nodes))
     grace_s = float(environment.get("PHI3V_GRACE_S", GRACE_S))
-    in_pod = "PET_NNODES" in environment
+    in_pod = "PET_NPROC_PER_NODE" in environment
     command = rank_command(config_path, overrides)
     attempts = Attempts(config.run_dir, member.node_rank)
     told: list[int] = []
@@ -87,7 +87,7 @@ def membership(environment: Mapping[str, str]) -> Membership:
 
     Raises BadInputError if neither is there, or no GPUs were granted.
     """
-    if "PET_NNODES" in environment:
+    if "PET_NPROC_PER_NODE" in environment:
         return _pod_membership(environment)
     if "SLURM_JOB_ID" in environment:
         return _slurm_membership(environment)
@@ -98,9 +98,9 @@ def _pod_membership(environment: Mapping[str, str]) -> Membership:
     host = environment.get("PET_MASTER_ADDR") or environment.get("MASTER_ADDR", "")
     port = environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT", "29500")
     node_rank = int(environment.get("PET_NODE_RANK") or environment.get("RANK", "0"))
-    nodes = int(environment["PET_NNODES"].split(":")[-1])
+    nodes = int(environment.get("PET_NNODES", "1").split(":")[-1])
     processes = int(environment.get("PHI3V_CPU_PROCESSES") or environment.get("PET_NPROC_PER_NODE", "1"))
-    run_id = host.removesuffix("-master-0") or "job"
+    run_id = environment.get("PHI3V_RUN_ID") or host.removesuffix("-master-0") or "job"
     # The Service of the first pod may point nowhere while that pod is new; the pod itself knows its address.
     address = environment.get("POD_IP")
     if node_rank == 0 and address:
