@@ -322,11 +322,13 @@ def _write_configs(
 
 def _publish(staging: Path, out: Path) -> None:
     """Moves the files of `staging` into place; config.json, without which nothing loads, last."""
+    mask = _umask()
     for file in staging.iterdir():
+        file.chmod(0o666 & ~mask)  # safetensors makes them readable by their owner alone
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     if not out.exists():
-        staging.chmod(0o777 & ~_umask())
+        staging.chmod(0o777 & ~mask)
         staging.rename(out)
         return
     for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature
@@ -35,17 +36,27 @@ def image_inputs(images: Sequence[Image.Image], num_crops: int, tile: int = TILE
     """
     pixel_values = torch.zeros(len(images), num_crops + 1, 3, tile, tile)
     sizes = []
-    for views, image in zip(pixel_values, images, strict=True):
-        if not isinstance(image, Image.Image):
-            raise BadInputError(
-                f"images must be PIL images, found {type(image).__name__}; use PIL.Image.open"
-            )
+    for number, (views, image) in enumerate(zip(pixel_values, images, strict=True), 1):
+        tiles = torch.from_numpy(_tiles(number, image, num_crops, tile))
         grid = hd_grid(*image.size, num_crops, tile)
-        tiles = torch.from_numpy(hd_tiles(image, num_crops, tile))
         views[0] = global_views(tiles, torch.tensor([[grid.rows, grid.cols]]))[0]
         views[1 : len(tiles) + 1] = normalise(tiles)
         sizes.append([grid.rows * tile, grid.cols * tile])
     return {"pixel_values": pixel_values, "image_sizes": torch.tensor(sizes, dtype=torch.int64)}
+
+
+def _tiles(number: int, image: Image.Image, num_crops: int, tile: int) -> np.ndarray:
+    """`hd_tiles` of picture `number`, from 1, which an error names."""
+    if not isinstance(image, Image.Image):
+        raise BadInputError(
+            f"picture {number} is of type {type(image).__name__}, not a PIL image; use PIL.Image.open"
+        )
+    try:
+        return hd_tiles(image, num_crops, tile)
+    except BadInputError as error:
+        raise BadInputError(f"picture {number}: {error}") from error
+    except (OSError, SyntaxError) as error:  # Pillow decodes at the first use
+        raise BadInputError(f"picture {number} cannot be decoded ({error}); replace the file") from error
 
 
 class Phi3VProcessor:
@@ -126,9 +137,12 @@ class Phi3VProcessor:
         tiles of a picture take 3 * tile^2 bytes each, an eighth to a quarter of what __call__ hands over.
         Raises BadInputError as `encode`.
         """
+        tiles = [
+            torch.from_numpy(_tiles(number, image, self.num_crops, self.tile))
+            for number, image in enumerate(images, 1)
+        ]
         encoded = encode(self.tokenizer, messages, self.image_tokens(images), template=template)
         grids = [hd_grid(*image.size, self.num_crops, self.tile) for image in images]
-        tiles = [torch.from_numpy(hd_tiles(image, self.num_crops, self.tile)) for image in images]
         blank = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
         return {
             "input_ids": torch.tensor(encoded.input_ids),

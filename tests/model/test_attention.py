@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from phi3v_dist.model.attention import make_layout, packed_attention, padded_layout
+from phi3v_dist.model.attention import Layout, make_layout, packed_attention, padded_layout
 
 HEADS, DIM = 4, 8
 
@@ -127,3 +129,28 @@ def test_any_kernel_asked_for_becomes_the_private_one(tiny) -> None:
     assert model.config._attn_implementation == "phi3v_packed"
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_cuda_call_has_the_kernels_shapes(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: fake CUDA tensors go through the kernel's own checks; no number is computed."""
+    calls = []
+    kernel = varlen.varlen_attn
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["window_size"])
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (
+            torch.randn(1, heads, 20, 96, device="cuda", dtype=torch.bfloat16)
+            for heads in (4, kv_heads, kv_heads)
+        )
+        bounds = torch.empty(4, dtype=torch.int32, device="cuda")
+        layout = Layout(bounds, 9, (), None)
+        out, _ = packed_attention(None, q, k, v, None, scaling=0.1, layout=layout)
+        real = Layout(bounds, 9, (), None, tokens=torch.empty(15, dtype=torch.int64, device="cuda"))
+        padded, _ = packed_attention(None, q, k, v, None, scaling=0.1, layout=real)
+    assert out.shape == padded.shape == (1, 20, 4, 96) and out.dtype == torch.bfloat16
+    assert calls == [(-1, 0)] * 2  # causal

@@ -122,6 +122,15 @@ def test_bf16_checkpoint_in_a_directory_that_holds_the_tokenizer(tiny, tmp_path,
         init_random_checkpoint(tiny.config(), tmp_path / "model", 1, torch.bfloat16)
 
 
+def test_others_may_read_the_weights(checkpoint) -> None:
+    """A checkpoint on a shared file system; safetensors alone would leave 0600."""
+    modes = {file.name: file.stat().st_mode & 0o777 for file in checkpoint.iterdir()}
+    assert len(set(modes.values())) == 1 and modes["model.safetensors"] & 0o400
+    plain = checkpoint.parent / "plain"
+    plain.touch()
+    assert modes["model.safetensors"] == plain.stat().st_mode & 0o777
+
+
 def test_config_and_companions_are_the_published_ones(checkpoint) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["model_type"] == "phi3_v" and config["architectures"] == ["Phi3VForCausalLM"]

@@ -150,8 +150,16 @@ def test_the_pixel_cap_holds_before_decoding() -> None:
 def test_too_thin_and_wrong_types_are_refused() -> None:
     with pytest.raises(BadInputError, match="too long and thin"):
         hd_tiles(Image.new("RGB", (337, 1)), 1)
-    with pytest.raises(BadInputError, match="PIL images"):
-        image_inputs([np.zeros((4, 4, 3), dtype=np.uint8)], 1)  # type: ignore[list-item]
+    good = Image.new("RGB", (8, 8))
+    cut = Image.open(io.BytesIO(encoded(Image.effect_noise((64, 64), 50), "PNG")[:900]))
+    for image, says in (
+        (np.zeros((4, 4, 3), dtype=np.uint8), "picture 2 is of type ndarray, not a PIL image"),
+        (cut, "picture 2 cannot be decoded"),
+        (Image.new("RGB", (337, 1)), "picture 2: a picture of 337x1 px is too long and thin"),
+        (Image.new("RGB", (0, 5)), "picture 2: a picture of 0x5 px has no pixels"),
+    ):
+        with pytest.raises(BadInputError, match=says):
+            image_inputs([good, image], 1)
 
 
 @pytest.mark.parametrize("size", [(500, 300), (300, 500), (112, 112), (1000, 90)])
