@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from shards.format import BadInputError
@@ -45,21 +46,22 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint directory (tokenizer.json), with Phi-3's special tokens and chat
     template.
 
-    Raises BadInputError if there is no tokenizer.json or it lacks Phi-3's turn tokens.
+    Raises BadInputError if there is no tokenizer.json or it is not Phi-3's.
     """
     file = Path(directory) / "tokenizer.json"
     if not file.exists():
         raise BadInputError(f"{directory}: no tokenizer.json; download it with the model's other files")
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise BadInputError(f"{file}: not a tokenizer ({error}); download it again") from error
+    for token in ("<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"):
+        if backend.token_to_id(token) is None:
+            raise BadInputError(f"{file}: no token {token}, so this is not Phi-3's; use the model's own")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(file), padding_side="right", model_max_length=131072, **_SPECIAL
+        tokenizer_object=backend, padding_side="right", model_max_length=131072, **_SPECIAL
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    known = tokenizer.get_vocab()
-    for token in ("<|user|>", "<|assistant|>", "<|end|>"):
-        if token not in known:
-            raise BadInputError(
-                f"{file}: no token {token}, so this is not Phi-3's tokenizer; use the model's own"
-            )
     return tokenizer
 
 
@@ -93,7 +95,7 @@ def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> N
     Normaliser, decoder, `<s>` before every piece and the special tokens are Phi-3's; ids are its own. Words
     do not merge with each other and digits stay single.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
 

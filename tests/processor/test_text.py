@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, AutoTokenizer
 
 from phi3v_dist.model import Phi3VConfig
@@ -198,6 +199,14 @@ def test_a_directory_without_the_right_files_is_named(tokenizer, tmp_path) -> No
     with pytest.raises(BadInputError, match="num_crops is 'many'"):
         Phi3VProcessor.from_pretrained(tmp_path)
     with pytest.raises(BadInputError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(BadInputError, match=r"tokenizer\.json: not a tokenizer"):
+        load_tokenizer(tmp_path)
+    Tokenizer(models.WordLevel({"<s>": 0, "<|endoftext|>": 1, "<|user|>": 2})).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    with pytest.raises(BadInputError, match="no token <.assistant.>, so this is not Phi-3's"):
         load_tokenizer(tmp_path)
 
 
