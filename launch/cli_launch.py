@@ -6,6 +6,7 @@ Mounted by launch.cli as `phi3v launch`; BadInputError escapes to it, which prin
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,3 +48,72 @@ def check_node(config: Config, overrides: Overrides = None) -> None:
     from launch import health
 
     raise typer.Exit(health.check_node(config, overrides or [], os.environ))
+
+
+@app.command()
+def slurm(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, on each.")] = 8,
+    cpu_processes: Annotated[int, typer.Option(help="Ranks on each without GPUs.")] = 0,
+    minutes: Annotated[int, typer.Option(help="Time limit; the run requeues itself before it.")] = 24 * 60,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm QOS.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Other options of sbatch, such as constraint=h100; repeatable.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="key=value,value: a job array, one run each; repeatable.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the log; Ctrl-C cancels the job.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print the batch script, submit nothing.")] = False,
+) -> None:
+    """Submit to Slurm with submitit, from a snapshot of the code."""
+    from launch.slurm import SlurmOptions, launch_slurm
+    from shards.format import BadInputError
+
+    more = {}
+    for entry in sbatch or []:
+        key, equals, value = entry.removeprefix("--").partition("=")
+        if not equals:
+            raise BadInputError(f"--sbatch {entry!r} is not of the form option=value")
+        more[key] = value
+    options = SlurmOptions(partition=partition, account=account, qos=qos, more=more)
+    code = launch_slurm(
+        config,
+        overrides or [],
+        nodes,
+        gpus_per_node,
+        cpu_processes,
+        minutes,
+        options,
+        sweep or [],
+        wait,
+        show,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def k8s(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="Machines: one Master and the rest Workers.")] = 2,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, on each.")] = 8,
+    image: Annotated[str, typer.Option(help="Container image built from the Dockerfile.")] = "",
+    namespace: Annotated[str, typer.Option(help="Namespace of all objects.")] = "phi3v",
+    data_size: Annotated[str, typer.Option(help="Size of the claim for shards and weights.")] = "1Ti",
+    runs_size: Annotated[str, typer.Option(help="Size of the claim for run directories.")] = "1Ti",
+    out: Annotated[Path | None, typer.Option(help="Write the files into this directory.")] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Hand them to kubectl.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print them; the default.")] = False,
+) -> None:
+    """Print or apply the Kubernetes objects of a run."""
+    from launch.k8s import IMAGE, KubernetesOptions, launch_k8s
+
+    options = KubernetesOptions(namespace, data_size, runs_size)
+    apply = apply and not show
+    code = launch_k8s(config, overrides or [], nodes, gpus_per_node, image or IMAGE, options, apply, out)
+    raise typer.Exit(code)

@@ -178,7 +178,9 @@ MUTATIONS: dict[str, Callable[[Object], Any]] = {
     "mount path twice": lambda j: main(j)["volumeMounts"][0].update(mountPath="/data"),
     "relative mount path": lambda j: main(j)["volumeMounts"][0].update(mountPath="config"),
     "shared memory not mounted": lambda j: main(j)["volumeMounts"].pop(3),
-    "claim that is not in the set": lambda j: pod(j)["volumes"][2].update(persistentVolumeClaim={"claimName": "x"}),
+    "claim that is not in the set": lambda j: pod(j)["volumes"][1].update(
+        persistentVolumeClaim={"claimName": "x"}
+    ),
     "config map that is not in the set": lambda j: pod(j)["volumes"][0]["configMap"].update(name="x"),
     "GPU request below limit": lambda j: main(j)["resources"]["requests"].update({"nvidia.com/gpu": "4"}),
     "misspelt GPU resource": lambda j: [each.update({"nvidia.com/gpus": "8"}) for each in amounts(j)],

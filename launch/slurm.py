@@ -1,0 +1,255 @@
+"""`phi3v launch slurm`: submits a run with submitit, one task a node, from a snapshot of the code.
+
+In: config, overrides, the job's size, sbatch options. Out: job ids, or with `wait` the exit code of the run.
+What a task does is launch.cluster's business, as under slurm/train.sh; requeueing is done here, after all
+ranks have saved: submitit's own way would save on rank 0 alone, inside a signal handler, while the others
+wait in a collective.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import launch
+import phi3v_dist
+import shards
+from launch.cluster import run_cluster_node
+from launch.description import MAX_REQUEUES, STOP_LEAD_S, JobDescription, job_name
+from phi3v_dist.config import load_config
+from phi3v_dist.exits import CRASHED, DONE, PREEMPTED
+from shards.format import BadInputError
+
+POLL_S = 2.0
+JOBS = "slurm"
+"""Folder of submitit's files in the run directory."""
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What sbatch is told besides the size. more: any other of its options, without dashes ("constraint":
+    "h100"). lead_s: seconds before the time limit at which the ranks are told to stop.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    lead_s: int = STOP_LEAD_S
+    max_requeues: int = MAX_REQUEUES
+    more: Mapping[str, str] = field(default_factory=dict)
+
+
+DEFAULTS = SlurmOptions()
+
+
+@dataclass(frozen=True)
+class NodeTask:
+    """What submitit runs on each node; pickled, so it holds plain values only."""
+
+    config: str
+    overrides: tuple[str, ...]
+    max_requeues: int
+
+    def __call__(self) -> int:
+        """Runs this node's ranks; returns their exit code. Stopped ranks put the job back into the queue."""
+        environment = dict(os.environ)
+        environment["PHI3V_HEAD"] = head_address(environment)
+        try:
+            code = run_cluster_node(self.config, self.overrides, environment)
+        except BadInputError as error:
+            print(f"phi3v: {error}", file=sys.stderr, flush=True)
+            return 2
+        restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        if code != PREEMPTED or restarts >= self.max_requeues:
+            return code
+        for each in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(each, signal.SIG_DFL)
+        if environment.get("SLURM_NODEID") == "0":
+            subprocess.run(["scontrol", "requeue", environment["SLURM_JOB_ID"]], check=True)
+        time.sleep(120)  # Slurm ends this task now; a result written first would say that the run is over
+        return code
+
+
+def head_address(environment: Mapping[str, str]) -> str:
+    """Address of the job's first node, as Slurm itself reaches it."""
+    listed = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+    first = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
+    shown = subprocess.run(
+        ["scontrol", "show", "node", first], capture_output=True, text=True, check=True
+    ).stdout
+    addresses = [word.removeprefix("NodeAddr=") for word in shown.split() if word.startswith("NodeAddr=")]
+    return addresses[0] if addresses else first
+
+
+def launch_slurm(
+    config_path: str,
+    overrides: Sequence[str],
+    nodes: int = 1,
+    gpus_per_node: int = 8,
+    cpu_processes: int = 0,
+    minutes: int = 24 * 60,
+    options: SlurmOptions = DEFAULTS,
+    sweep: Sequence[str] = (),
+    wait: bool = False,
+    show: bool = False,
+) -> int:
+    """Submits the run, or one run per combination of `sweep` ("train.lr=1e-5,2e-5") as a job array.
+
+    wait: follows the log until the job ends, Ctrl-C cancels it; returns its exit code. show: prints the batch
+    script and submits nothing. Raises BadInputError: config or sizes not usable, no sbatch, Slurm refused.
+    """
+    runs = combinations(config_path, overrides, sweep)
+    config = load_config(config_path, runs[0])
+    job = JobDescription(
+        name=job_name(config.name),
+        config=str(Path(config_path).resolve()),
+        overrides=runs[0],
+        nodes=nodes,
+        gpus_per_node=0 if cpu_processes else gpus_per_node,
+        cpu_processes=cpu_processes,
+        minutes=minutes,
+    )
+    run_dir = load_config(config_path, overrides).run_dir.resolve()
+    folder = run_dir / JOBS
+    if show:
+        executor = make_executor(job, folder, snapshot=run_dir / "code", options=options)
+        print(executor._make_submission_file_text("python -u -m submitit.core._submit FOLDER", "ID"))
+        return DONE
+    if shutil.which("sbatch") is None:
+        raise BadInputError("no sbatch on the PATH: submit from a login node of the cluster")
+    executor = make_executor(job, folder, snapshot=take_snapshot(run_dir), options=options)
+    tasks = [NodeTask(job.config, run, options.max_requeues) for run in runs]
+    try:
+        jobs = (
+            executor.map_array(lambda task: task(), tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise BadInputError(f"Slurm refused the job: {reason[-300:]}") from error
+    for submitted, run in zip(jobs, runs, strict=True):
+        print(
+            f"job {submitted.job_id}: {load_config(config_path, run).run_dir}, log {submitted.paths.stdout}"
+        )
+    return max(follow(submitted) for submitted in jobs) if wait else DONE
+
+
+def combinations(config_path: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[tuple[str, ...]]:
+    """The overrides of each run of a sweep, each with a name of its own; without a sweep, the overrides.
+
+    Raises BadInputError: an entry that is not key=value,value or a combination that the config refuses.
+    """
+    choices = []
+    for entry in sweep:
+        key, equals, values = entry.partition("=")
+        if not equals or not values:
+            raise BadInputError(f"sweep {entry!r} is not of the form key=value,value (train.lr=1e-5,2e-5)")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    if not choices:
+        return [tuple(overrides)]
+    name = load_config(config_path, overrides).name
+    runs = []
+    for number, chosen in enumerate(itertools.product(*choices)):
+        runs.append((*overrides, *chosen, f"name={name}-{number}", f"track.group={name}"))
+        load_config(config_path, runs[-1])
+    return runs
+
+
+def make_executor(job: JobDescription, folder: Path, snapshot: Path, options: SlurmOptions) -> Any:
+    """submitit's executor for the job: one task a node, no srun flags that would end it before it has
+    saved."""
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
+    from submitit import SlurmExecutor
+
+    environment = {
+        "SUBMITIT_PREEMPT_SIGNAL": "USR1",
+        "PYTHONPATH": f"{snapshot}:$PYTHONPATH",
+        **job.environment,
+    }
+    if job.cpu_processes:
+        environment["PHI3V_CPU_PROCESSES"] = str(job.cpu_processes)
+    executor = SlurmExecutor(folder=folder)
+    parameters: dict[str, Any] = {
+        "job_name": job.name,
+        "nodes": job.nodes,
+        "ntasks_per_node": 1,
+        "time": job.minutes,
+        "signal_delay_s": options.lead_s,
+        "stderr_to_stdout": True,
+        "setup": [
+            # Slurm signals this shell too; it must live until the ranks have saved.
+            "trap : TERM USR1",
+            *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+            f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ],
+        "srun_args": ["--mpi=none", "--kill-on-bad-exit=0", "--wait=300"],
+        "additional_parameters": {"requeue": True, "signal": f"USR1@{options.lead_s}", **options.more},
+    }
+    optional = {
+        "gpus_per_node": job.gpus_per_node or None,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+    }
+    executor.update_parameters(**parameters, **{key: value for key, value in optional.items() if value})
+    return executor
+
+
+def take_snapshot(run_dir: Path) -> Path:
+    """Copies the three packages into the run directory: a requeued job runs the code that it was submitted
+    with."""
+    target = run_dir / "code" / time.strftime("%Y%m%d-%H%M%S")
+    for package in (launch, phi3v_dist, shards):
+        source = Path(package.__path__[0])
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, target / source.name, ignore=ignored, dirs_exist_ok=True)
+    return target
+
+
+def follow(job: Any) -> int:
+    """Prints the job's log as it grows, over all its requeues; returns the exit code of the run. Ctrl-C
+    cancels."""
+    position = 0
+    results = [Path(str(sub.paths.result_pickle)) for sub in (job._sub_jobs or [job])]
+    try:
+        while True:
+            ended = all(result.exists() for result in results) or not in_queue(job.job_id)
+            position = _print_from(Path(str(job.paths.stdout)), position)
+            if ended:
+                break
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        subprocess.run(["scancel", job.job_id], check=False)
+        print(f"job {job.job_id} cancelled", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if not all(result.exists() for result in results):
+        return CRASHED
+    return max(int(result) for result in job.results())
+
+
+def in_queue(job_id: str) -> bool:
+    """Whether Slurm still has the job: pending, running or on its way out."""
+    shown = subprocess.run(
+        ["squeue", "--noheader", "--jobs", job_id], capture_output=True, text=True, check=False
+    )
+    return bool(shown.stdout.strip())
+
+
+def _print_from(file: Path, position: int) -> int:
+    if not file.exists():
+        return position
+    with file.open("rb") as stream:
+        stream.seek(position)
+        text = stream.read()
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    return position + len(text)
