@@ -1,7 +1,7 @@
 """Bytes from URLs and paths, many at a time, with every failure turned into a reason.
 
 In: URLs (http, https, file, object stores) or plain local paths. Out: one `Fetched` per input, in input
-order, holding the bytes or the reason why not; nothing here raises for a bad URL. At most `2 * concurrency`
+order, holding the bytes or the reason why not; nothing here raises for a bad URL. At most `8 * concurrency`
 results exist at any moment.
 
 Addresses on private, loopback and link-local networks are refused unless the user allows them: a table from
@@ -200,28 +200,43 @@ async def fetch_all(urls: Iterable[str], options: FetchOptions) -> AsyncIterator
     time.
     """
     async with Fetcher(options) as fetcher:
-        async for fetched in in_order(urls, fetcher.fetch, 2 * options.concurrency):
+        async for fetched in in_order(urls, fetcher.fetch, 8 * options.concurrency):
             yield fetched
 
 
 async def in_order(
-    items: Iterable[Item], work: Callable[[Item], Awaitable[Result]], window: int
+    items: Iterable[Item],
+    work: Callable[[Item], Awaitable[Result]],
+    window: int,
+    weigh: Callable[[Result], int] = lambda result: 0,
+    most: int = 1,
 ) -> AsyncGenerator[Result, None]:
-    """Yields `await work(item)` in the order of `items`, with up to `window` items begun and not yet
-    yielded.
+    """Yields `await work(item)` in the order of `items`, with up to `window` items begun and not yet yielded,
+    so that one that takes long holds nobody up. Begins none while the results that wait weigh `most` or more.
     """
     tasks: deque[asyncio.Future[Result]] = deque()
     source = iter(items)
+    held = 0  # what the results that wait weigh
+
+    def finished(task: asyncio.Future[Result]) -> None:
+        nonlocal held
+        if not task.cancelled() and task.exception() is None:
+            held += weigh(task.result())
+
     try:
         while True:
-            while len(tasks) < window:
+            while len(tasks) < window and held < most:
                 try:
-                    tasks.append(asyncio.ensure_future(work(next(source))))
+                    task: asyncio.Future[Result] = asyncio.ensure_future(work(next(source)))
                 except StopIteration:
                     break
+                task.add_done_callback(finished)
+                tasks.append(task)
             if not tasks:
                 return
-            yield await tasks.popleft()
+            result = await tasks.popleft()
+            held -= weigh(result)
+            yield result
     finally:
         for task in tasks:
             task.cancel()

@@ -30,7 +30,8 @@ h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 28px 0 8px; } p
 .row { display: flex; flex-wrap: wrap; gap: 16px; }
 figure { margin: 0; background: white; border: 1px solid #e2e2e6; border-radius: 6px; padding: 10px; }
 figcaption { font-size: 12px; color: #6e6e73; margin-bottom: 4px; }
-.sample { width: 460px; display: flex; gap: 10px; } .sample .text { flex: 1; min-width: 0; font-size: 13px; }
+.sample { width: 460px; display: flex; gap: 10px; }
+.sample .text { flex: 1; min-width: 0; font-size: 13px; overflow-wrap: anywhere; }
 .sample img, .copies img { max-width: 150px; max-height: 150px; display: block; margin-bottom: 4px; }
 .copies { display: flex; gap: 8px; }
 .said { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 6px; max-height: 220px; overflow: auto; }

@@ -10,11 +10,14 @@ In: samples (key, members). Out: a tar, its sha256, and the byte ranges of sampl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import tarfile
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,6 +25,7 @@ from typing import IO
 from shards.format import BadInputError
 
 _BLOCK = 512
+_AHEAD = 16  # pieces, each a sample
 # webdataset's rule: the key ends at the base name's first dot.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
@@ -85,7 +89,7 @@ class TarShard:
 
     def abandon(self) -> None:
         """Closes the file as it is; the caller deletes it."""
-        self._file.close()
+        self._file.abandon()
 
 
 _BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
@@ -146,24 +150,44 @@ def _sample(key: str, found: list[tuple[Member, int, int]]) -> TarSample:
 
 
 class _HashedFile:
-    """A file being written, its size so far, and the sha256 of all that was written."""
+    """A file being written, its size so far, and the sha256 of all that was written.
+
+    A thread writes and hashes, up to `_AHEAD` pieces behind, so that both go on while the next images are
+    fetched. What it raises comes out of a later `write` or of `close`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._sha256 = hashlib.sha256()
         self._size = 0
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: deque[Future[None]] = deque()
 
     def tell(self) -> int:
         return self._size
 
-    def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self._sha256.update(data)
+    def write(self, data: bytes) -> None:
+        if len(self._pending) >= _AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, data))
         self._size += len(data)
-        return len(data)
 
     def close(self) -> str:
-        with self._file:
+        try:
+            while self._pending:
+                self._pending.popleft().result()
             self._file.flush()
             os.fsync(self._file.fileno())
+        finally:
+            self.abandon()
         return self._sha256.hexdigest()
+
+    def abandon(self) -> None:
+        """Closes the file, whatever of it is written."""
+        self._thread.shutdown(cancel_futures=True)
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)

@@ -23,6 +23,7 @@ from shards.prepare import Prepared, prepare
 from shards.rows import Row
 from shards.window import Window, WindowWriter, committed_windows, delete_unfinished
 
+_MOST_WAITING = 128 * 2**20  # bytes of images that wait for their turn to be written
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
@@ -93,7 +94,7 @@ async def _write_windows(
             writer = WindowWriter(
                 root, work.prefix, len(windows), first_shard, options.val_fraction, options.shard_bytes
             )
-            prepared = in_order(window_rows(), prepare_row, 2 * options.concurrency)
+            prepared = in_order(window_rows(), prepare_row, 8 * options.concurrency, _weight, _MOST_WAITING)
             try:
                 async with contextlib.aclosing(prepared):
                     async for item in prepared:
@@ -110,6 +111,10 @@ async def _write_windows(
                 writer.abandon()
                 raise
             _log.info("%s: window %d: %s", root, len(windows) - 1, _summary(windows[-1]))
+
+
+def _weight(item: Prepared) -> int:
+    return sum(len(picture.fetched.data or b"") for picture in item.pictures)
 
 
 def _without_duplicates(item: Prepared, seen: dict[bytes, int]) -> Prepared:

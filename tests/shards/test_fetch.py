@@ -123,3 +123,26 @@ def test_in_order_begins_no_more_than_its_window() -> None:
         return found
 
     assert asyncio.run(run()) == list(range(50)) and most <= 4
+
+
+def test_in_order_begins_none_while_too_much_waits() -> None:
+    begun: list[int] = []
+
+    async def work(item: int) -> int:
+        begun.append(item)
+        await asyncio.sleep(0.1 if item == 0 else 0)
+        return item
+
+    async def run() -> list[int]:
+        return [item async for item in in_order(range(30), work, 20, lambda item: 10, 40)]
+
+    assert asyncio.run(run()) == list(range(30)) and begun == list(range(30))
+
+    async def first() -> None:
+        begun.clear()
+        results = in_order(range(30), work, 5, lambda item: 10, 40)
+        await anext(results)
+        assert len(begun) == 5  # four wait behind the slow one: no other is begun
+        await results.aclose()
+
+    asyncio.run(first())
