@@ -108,8 +108,8 @@ def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
     run_dir = runs / "tiny"
     command = [
         str(PHI3V), "launch", "slurm", str(tiny_config), "train.steps=60", f"runs_dir={runs}",
-        "eval.generate_samples=0", "--nodes=2", "--gpus-per-node=1", "--minutes=30", "--sbatch=exclusive=user",
-        "--wait",
+        "eval.generate_samples=0", "--nodes=2", "--gpus-per-node=1", "--minutes=30",
+        "--sbatch=exclusive=user", "--wait",
     ]  # fmt: skip
     with (tmp_path / "launcher.log").open("w") as log:
         launcher = subprocess.Popen(command, env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log)
