@@ -63,7 +63,7 @@ def sample(
 @app.command()
 def build(
     source: SourceArg = None,
-    out: Annotated[str, typer.Option(help="Directory of the dataset.")] = "",
+    out: Annotated[str, typer.Option(help="Directory of the dataset, or an s3:// or other fsspec URL.")] = "",
     recipe: Annotated[
         str | None, typer.Option(help="A YAML file, or one of configs/shards by name; flags win over it.")
     ] = None,
@@ -103,6 +103,9 @@ def build(
     no_decode: Annotated[
         bool, typer.Option("--no-decode", help="Check the structure of images only; faster for local files.")
     ] = False,
+    work_dir: Annotated[
+        str | None, typer.Option(help="Where shards lie on their way to an object store (default: cache).")
+    ] = None,
     concurrency: Annotated[int | None, typer.Option(help="Fetches at a time (default: 32).")] = None,
     per_host: Annotated[int | None, typer.Option(help="Of them at one host (default: 16).")] = None,
     retries: Annotated[int | None, typer.Option(help="After failures that may pass (default: 3).")] = None,
@@ -134,6 +137,7 @@ def build(
         "min_success": min_success,
         "allow_private_hosts": (allow_private_hosts or serve_dir is not None) or None,
         "decode": False if no_decode else None,
+        "work_dir": work_dir,
         "concurrency": concurrency,
         "per_host": per_host,
         "retries": retries,

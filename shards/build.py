@@ -12,8 +12,8 @@ The rows are worked through in windows of `shard_samples` (see `worker`). The ou
 and `close_tasks` writes dataset.json when all are done. `retry_failed` tries the rows again that failed; what
 arrives goes into further shards.
 
-In: a source (see `sources`), an output directory, `BuildOptions`. Out: `DatasetInfo`. Called by the command
-line.
+In: a source (see `sources`), an output directory or object store (see `place`), `BuildOptions`. Out:
+`DatasetInfo`. Called by the command line.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from shards.format import (
 )
 from shards.ledger import failed_rows, reasons
 from shards.options import BuildOptions
+from shards.place import LOCK_SUFFIX, Place, open_place
 from shards.rows import PRODUCT_ANSWER, PRODUCT_PROMPT, Row
 from shards.sources import Source, open_source
 from shards.window import Window, committed_windows
@@ -56,7 +57,8 @@ _log = logging.getLogger(__name__)
 def build(
     source: str, out: str, options: BuildOptions | None = None, progress: Progress | None = None
 ) -> DatasetInfo:
-    """Builds the dataset of `source` in the local directory `out`, or finishes what was interrupted there.
+    """Builds the dataset of `source` in `out`, a local directory or fsspec URL, or finishes what was
+    interrupted there.
 
     progress(done, total): called with rows as they are done, those of an earlier call included; total 0 where
     only reading to the end tells.
@@ -64,12 +66,13 @@ def build(
     ledger, and the same command tries the unfinished window again.
     """
     options = options or BuildOptions()
-    root, opened, plan = _prepare(source, out, options, tasks=1)
-    with _writing(out), _claim(root, plan):
-        if _is_complete(root):
+    opened, plan = _prepare(source, options, tasks=1)
+    place = open_place(out, options.work_dir)
+    with _writing(out), _claim(place, plan):
+        if _is_complete(place):
             _log.info("%s: already complete, nothing to do", out)
-            return read_dataset_info(out)
-        return _complete(root, opened, options, progress)
+            return read_dataset_info(str(place.root))
+        return _complete(place, opened, options, progress)
 
 
 def build_task(
@@ -88,34 +91,38 @@ def build_task(
     options = options or BuildOptions()
     if not 0 <= task < tasks:
         raise BadInputError(f"task {task}/{tasks}: the task must be from 0 to {tasks - 1}")
-    root, opened, plan = _prepare(source, out, options, tasks)
+    opened, plan = _prepare(source, options, tasks)
+    place = open_place(out, options.work_dir, f"task {task}")
+    work = _task_work(opened, options, task, tasks)
     with _writing(out):
         if tasks == 1:
-            with _claim(root, plan):
-                return run_worker(root, _task_work(opened, options, 0, 1), options, progress)
-        _join(root, plan)
-        with alone_in(root, f".task-{task:04d}.lock"):
-            if _is_complete(root):
-                return committed_windows(root, _task_prefix(task, tasks))
-            return run_worker(root, _task_work(opened, options, task, tasks), options, progress)
+            with _claim(place, plan):
+                return run_worker(place, work, options, progress)
+        with _join(place, plan, task):
+            if _is_complete(place):
+                return committed_windows(place.root, work.prefix)
+            return run_worker(place, work, options, progress)
 
 
 def waits_for_close(out: str) -> bool:
     """`out` is a build by several tasks without its dataset.json."""
-    root = Path(out)
-    if not (root / BUILD_JSON).exists() or (root / DATASET_JSON).exists():
+    place = open_place(out, worker="close")
+    if place.read(BUILD_JSON) is None or place.read(DATASET_JSON) is not None:
         return False
-    plan = _read_plan(root)
+    plan = _read_plan(place)
     return bool(plan["built_with"]["tasks"] > 1 and plan["retry_rounds"] == 0)
 
 
-def close_tasks(out: str) -> DatasetInfo:
+def close_tasks(out: str, work_dir: str | None = None) -> DatasetInfo:
     """Writes dataset.json when every task is done. Raises BadInputError naming those that are not."""
-    root = Path(out)
-    with _writing(out), alone_in(root):
-        if _is_complete(root):
-            return read_dataset_info(out)
-        return _finish(root, _read_plan(root))
+    place = open_place(out, work_dir, "close")
+    with _writing(out):
+        place.root.mkdir(parents=True, exist_ok=True)
+        with alone_in(place.root):
+            place.pull()
+            if _is_complete(place):
+                return read_dataset_info(str(place.root))
+            return _finish(place, _read_plan(place))
 
 
 def retry_failed(
@@ -126,36 +133,34 @@ def retry_failed(
     Until it is done the dataset is incomplete; the same call (or `build`) goes on where it was killed.
     """
     options = options or BuildOptions()
-    root = Path(out)
-    tasks = int(_read_plan(root)["built_with"]["tasks"]) if (root / BUILD_JSON).exists() else 1
-    root, opened, plan = _prepare(source, out, options, tasks)
-    with _writing(out), _claim(root, plan):
-        rounds = int(_read_plan(root)["retry_rounds"])
-        if not _is_complete(root):
-            info = _complete(root, opened, options, progress)
+    place = open_place(out, options.work_dir)
+    root = place.root
+    tasks = 1 if place.read(BUILD_JSON) is None else int(_read_plan(place)["built_with"]["tasks"])
+    opened, plan = _prepare(source, options, tasks)
+    with _writing(out), _claim(place, plan):
+        rounds = int(_read_plan(place)["retry_rounds"])
+        if not _is_complete(place):
+            info = _complete(place, opened, options, progress)
             if rounds:  # this was the round that had been interrupted
                 return info
         if not failed_rows(root):
             _log.info("%s: no row has failed, nothing to do", out)
-            return read_dataset_info(out)
+            return read_dataset_info(str(root))
         write_atomically(root / BUILD_JSON, _plan_json({**plan, "retry_rounds": rounds + 1}))
-        (root / DATASET_JSON).unlink()
-        return _complete(root, opened, options, progress)
+        place.send([BUILD_JSON])
+        place.remove(DATASET_JSON)
+        return _complete(place, opened, options, progress)
 
 
-def _prepare(source: str, out: str, options: BuildOptions, tasks: int) -> tuple[Path, Source, dict[str, Any]]:
-    """Checks everything before anything is written: the directory, the opened source, the plan."""
+def _prepare(source: str, options: BuildOptions, tasks: int) -> tuple[Source, dict[str, Any]]:
+    """Checks everything before anything is written: the opened source, the plan."""
     options.check()
-    if "://" in out:
-        raise BadInputError(
-            f"{out}: shards are written to a local directory; copy them to their store afterwards"
-        )
     opened = open_source(source, options.recipe())
     built_with = {"writer": _WRITER, "tasks": tasks, **options.shaping()}
     texts = [PRODUCT_PROMPT, PRODUCT_ANSWER]
     fingerprint = hashlib.sha256(json.dumps([opened.sha256, built_with, texts]).encode()).hexdigest()
     plan = {"fingerprint": fingerprint, "source": source, "built_with": built_with, "retry_rounds": 0}
-    return Path(out), opened, plan
+    return opened, plan
 
 
 @contextlib.contextmanager
@@ -174,42 +179,53 @@ def _plan_json(plan: dict[str, Any]) -> bytes:
     return (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _read_plan(root: Path) -> dict[str, Any]:
-    record = root / BUILD_JSON
-    try:
-        found = json.loads(record.read_text())
-        if {"fingerprint", "source", "built_with", "retry_rounds"} <= set(found) and "tasks" in found[
-            "built_with"
-        ]:
+def _read_plan(place: Place) -> dict[str, Any]:
+    text = place.read(BUILD_JSON)
+    if text is None:
+        raise BadInputError(f"{place.out}: no {BUILD_JSON}, so no build has begun here")
+    with contextlib.suppress(ValueError, TypeError):
+        found = json.loads(text)
+        needed = {"fingerprint", "source", "built_with", "retry_rounds"}
+        if needed <= set(found) and "tasks" in found["built_with"]:
             return dict(found)
-    except FileNotFoundError as error:
-        raise BadInputError(f"{root}: no {BUILD_JSON}, so no build has begun here") from error
-    except (ValueError, TypeError):
-        pass
-    raise BadInputError(f"{record}: not written by this version of shards build; choose another --out")
+    raise BadInputError(
+        f"{place.out}: its {BUILD_JSON} is not of this version of shards build; choose another --out"
+    )
 
 
 @contextlib.contextmanager
-def _claim(root: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Makes `root` the directory of this build, alone in it while the context is open."""
+def _claim(place: Place, plan: dict[str, Any]) -> Iterator[None]:
+    """Makes `place` that of this build, alone in it while the context is open."""
+    root = place.root
     root.mkdir(parents=True, exist_ok=True)
     with alone_in(root):
+        place.pull()
         if not (root / BUILD_JSON).exists():
             _check_empty(root)
             write_atomically(root / BUILD_JSON, _plan_json(plan))
-        _check_same(root, plan)
+            place.send([BUILD_JSON])
+        _check_same(place, plan)
         _make_folders(root)
         yield
 
 
-def _join(root: Path, plan: dict[str, Any]) -> None:
-    """Makes `root` the directory of this build, which other tasks may have begun or be beginning."""
+@contextlib.contextmanager
+def _join(place: Place, plan: dict[str, Any], task: int) -> Iterator[None]:
+    """Makes `place` that of this build, which other tasks may have begun or be beginning; no other process
+    does this task while the context is open.
+    """
+    root = place.root
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / BUILD_JSON).exists():
+    if place.filesystem is None and not (root / BUILD_JSON).exists():
         _check_empty(root)
-        create_whole(root / BUILD_JSON, _plan_json(plan))
-    _check_same(root, plan)
-    _make_folders(root)
+    with alone_in(root, f".task-{task:04d}{LOCK_SUFFIX}"):
+        place.pull()
+        if not (root / BUILD_JSON).exists():
+            create_whole(root / BUILD_JSON, _plan_json(plan))
+            place.send([BUILD_JSON])
+        _check_same(place, plan)
+        _make_folders(root)
+        yield
 
 
 def _make_folders(root: Path) -> None:
@@ -219,14 +235,16 @@ def _make_folders(root: Path) -> None:
 
 def _check_empty(root: Path) -> None:
     record = root / BUILD_JSON
-    begun = partial_path(record).name
-    strange = [path for path in root.iterdir() if path != record and not path.name.startswith(begun)]
+    begun = (partial_path(record).name, ".task-")  # by another task, at this moment
+    mine = {INDEX_DIR, LEDGER_DIR}  # made for a store, empty
+    found = [path for path in root.iterdir() if path != record and not path.name.startswith(begun)]
+    strange = [path for path in found if path.name not in mine or any(path.iterdir())]
     if strange and not record.exists():
         raise BadInputError(f"{root}: not empty and not a directory of shards build; choose another --out")
 
 
-def _check_same(root: Path, plan: dict[str, Any]) -> None:
-    found = _read_plan(root)
+def _check_same(place: Place, plan: dict[str, Any]) -> None:
+    found = _read_plan(place)
     if found["fingerprint"] == plan["fingerprint"]:
         return
     before, now = found["built_with"], plan["built_with"]
@@ -236,15 +254,16 @@ def _check_same(root: Path, plan: dict[str, Any]) -> None:
     else:
         what = f"another content of the source ({found['source']}, now {plan['source']})"
     raise BadInputError(
-        f"{root}: holds a build with {what}; choose another --out, or delete this one to build anew"
+        f"{place.out}: holds a build with {what}; choose another --out, or delete this one to build anew"
     )
 
 
-def _is_complete(root: Path) -> bool:
+def _is_complete(place: Place) -> bool:
     """dataset.json is there, and it is that of the last round of rows tried again."""
-    if not (root / DATASET_JSON).exists():
+    if not (place.root / DATASET_JSON).exists():
         return False
-    return bool(read_dataset_info(str(root)).built_with["retry_rounds"] == _read_plan(root)["retry_rounds"])
+    rounds = read_dataset_info(str(place.root)).built_with["retry_rounds"]
+    return bool(rounds == _read_plan(place)["retry_rounds"])
 
 
 def _task_prefix(task: int, tasks: int) -> str:
@@ -271,26 +290,27 @@ def _retry_work(root: Path, source: Source, options: BuildOptions, tasks: int, n
     return Work(source.name, base, f"r{number:02d}-", len(failed), rows, None)
 
 
-def _complete(root: Path, source: Source, options: BuildOptions, progress: Progress | None) -> DatasetInfo:
+def _complete(place: Place, source: Source, options: BuildOptions, progress: Progress | None) -> DatasetInfo:
     """Does what is missing: the rows, the rounds of rows tried again, dataset.json."""
-    plan = _read_plan(root)
+    plan = _read_plan(place)
     tasks = plan["built_with"]["tasks"]
     if tasks == 1:
-        run_worker(root, _task_work(source, options, 0, 1), options, progress)
+        run_worker(place, _task_work(source, options, 0, 1), options, progress)
     for number in range(1, plan["retry_rounds"] + 1):
-        run_worker(root, _retry_work(root, source, options, tasks, number), options, progress)
-    return _finish(root, plan, options.min_success)
+        run_worker(place, _retry_work(place.root, source, options, tasks, number), options, progress)
+    return _finish(place, plan, options.min_success)
 
 
-def _finish(root: Path, plan: dict[str, Any], min_success: float = 0.0) -> DatasetInfo:
+def _finish(place: Place, plan: dict[str, Any], min_success: float = 0.0) -> DatasetInfo:
     """Writes dataset.json over all workers' windows. Raises BadInputError if one is not done."""
+    root = place.root
     tasks, rounds = plan["built_with"]["tasks"], plan["retry_rounds"]
     prefixes = [_task_prefix(task, tasks) for task in range(tasks)]
     by_task = [committed_windows(root, prefix) for prefix in prefixes]
     undone = [str(task) for task, windows in enumerate(by_task) if not windows or not windows[-1].last]
     if undone:
         named = ", ".join(undone[:20]) + (", ..." if len(undone) > 20 else "")
-        raise BadInputError(f"{root}: not done yet: task {named} of {tasks}; run them again")
+        raise BadInputError(f"{place.out}: not done yet: task {named} of {tasks}; run them again")
     retried = [committed_windows(root, f"r{number:02d}-") for number in range(1, rounds + 1)]
     windows = list(chain(*by_task, *retried))
     samples: Counter[str] = sum((window.samples for window in windows), Counter())
@@ -316,6 +336,7 @@ def _finish(root: Path, plan: dict[str, Any], min_success: float = 0.0) -> Datas
         hashlib.sha256(json.dumps(content).encode()).hexdigest(),
     )
     write_atomically(root / DATASET_JSON, dataset_info_json(info))
+    place.send([DATASET_JSON])
     dropped = sum(window.dropped for window in windows)
-    _log.info("%s: complete: %s, %d failed, %d duplicates dropped", root, splits, failed, dropped)
+    _log.info("%s: complete: %s, %d failed, %d duplicates dropped", place.out, splits, failed, dropped)
     return info

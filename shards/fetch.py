@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_STORES = ("s3", "gs", "gcs", "az", "abfs", "hf", "hdfs")  # through fsspec, with its own retries
+_STORES = ("s3", "gs", "gcs", "az", "abfs", "hf", "hdfs", "memory")  # through fsspec, with its own retries
 _LONGEST_WAIT = 60.0  # seconds before a retry, whatever the server asks for
 _LONGEST_BACKOFF = 20.0
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from shards.format import DatasetInfo, read_dataset_info, read_index
 from shards.ledger import reasons
 
@@ -59,7 +61,7 @@ class Inspection:
 
 
 def inspect(root: str) -> Inspection:
-    """Reads the index (and the ledger, where there is one) of the local directory `root`.
+    """Reads the index (and, of a local directory, the ledger) of `root`, a path or fsspec URL.
 
     Raises BadInputError if there is no complete dataset in `root`.
     """
@@ -69,7 +71,7 @@ def inspect(root: str) -> Inspection:
     prompts = [_text(row, "user") for row in rows]
     replies = [_text(row, "assistant") for row in rows]
     texts = Counter(json.dumps(row["messages"]) for row in rows)
-    duplicates, cross_split = _duplicates(Path(root), rows)
+    duplicates, cross_split = _duplicates(root, rows)
     return Inspection(
         info,
         sum(shard.bytes for shard in info.shards),
@@ -85,7 +87,7 @@ def inspect(root: str) -> Inspection:
         cross_split,
         len(rows) - len(texts),
         tuple(Counter(replies).most_common(5)),
-        reasons(Path(root)),
+        reasons(Path(root)) if "://" not in root else {},
     )
 
 
@@ -103,9 +105,10 @@ def _text(row: dict[str, Any], role: str) -> str:
 
 
 def _duplicates(
-    root: Path, rows: Sequence[dict[str, Any]]
+    root: str, rows: Sequence[dict[str, Any]]
 ) -> tuple[tuple[tuple[tuple[str, str], ...], ...], int]:
     """Groups of images with equal bytes, and how many of the groups are in more than one split."""
+    filesystem, place = fsspec.core.url_to_fs(root)
     alike = defaultdict(list)
     for row in rows:
         for image in row["images"]:
@@ -114,9 +117,9 @@ def _duplicates(
     for candidates in alike.values():
         if len(candidates) > 1:
             for row, image in candidates:
-                with (root / row["shard"]).open("rb") as tar:
-                    tar.seek(image["offset"])
-                    digest = hashlib.sha256(tar.read(image["length"])).digest()
+                end = image["offset"] + image["length"]
+                data = filesystem.cat_file(f"{place}/{row['shard']}", image["offset"], end)
+                digest = hashlib.sha256(data).digest()
                 equal[digest].append((row, image))
     groups = [group for group in equal.values() if len(group) > 1]
     crossing = sum(len({row["split"] for row, _ in group}) > 1 for group in groups)

@@ -26,7 +26,8 @@ class BuildOptions:
     before.
 
     min_success: part of the rows that must succeed. decode: decode every image, not only walk through its
-    structure. concurrency: fetches at a time, per_host of them at one host. retries: after a failure that may
+    structure. work_dir: where shards lie on their way to an object store; None: in the user's cache.
+    concurrency: fetches at a time, per_host of them at one host. retries: after a failure that may
     pass.
     """
 
@@ -48,6 +49,7 @@ class BuildOptions:
     min_success: float = 0.95
     allow_private_hosts: bool = False
     decode: bool = True
+    work_dir: str | None = None
     concurrency: int = 32
     per_host: int = 16
     retries: int = 3
@@ -80,7 +82,7 @@ def check_fractions(options: object, *names: str) -> None:
             raise BadInputError(f"{name} is {getattr(options, name)}; it must be from 0 to 1")
 
 
-_HOW_ONLY = ("min_success", "allow_private_hosts", "decode", "concurrency", "per_host", "retries")
+_HOW_ONLY = ("min_success", "allow_private_hosts", "decode", "work_dir", "concurrency", "per_host", "retries")
 _AT_LEAST_1 = (
     "shard_samples", "shard_bytes", "max_bytes", "max_pixels", "max_side", "concurrency", "per_host",
 )  # fmt: skip

@@ -13,12 +13,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from shards.format import read_index
 from shards.inspect import Inspection
+
+Place = tuple[Any, str]  # a file system of fsspec and a path in it
 
 _THUMBNAIL = 224  # pixels of the longer side
 _BARS = 24
@@ -43,12 +46,13 @@ td { text-align: right; } td:first-child, th:first-child { text-align: left; }
 
 
 def make_page(root: str, found: Inspection, samples: int = 48) -> str:
-    """The page of the local dataset directory `root`. samples: how many are shown, spread evenly over it.
+    """The page of the dataset directory `root`, a local path or fsspec URL. samples: how many are shown,
+    spread evenly over it.
 
     Raises BadInputError if the index cannot be read.
     """
     index = read_index(root)
-    place = Path(root)
+    place = fsspec.core.url_to_fs(root)
     chosen = sorted({round(n * (index.num_rows - 1) / max(1, samples - 1)) for n in range(samples)})
     shown = index.take(pa.array(chosen)).to_pylist()
     images = pc.list_flatten(index["images"])
@@ -152,8 +156,8 @@ def _table(title: str, header: str, counts: dict[str, int]) -> str:
     return f"<h2>{title}</h2><table><tr><th>{header}<th>times{rows}</table>"
 
 
-def _sample(root: Path, row: dict[str, Any]) -> str:
-    pictures = "".join(_thumbnail(root, row["shard"], image) for image in row["images"][:4])
+def _sample(place: Place, row: dict[str, Any]) -> str:
+    pictures = "".join(_thumbnail(place, row["shard"], image) for image in row["images"][:4])
     more = len(row["images"]) - 4
     said = "".join(
         f"<div class=role>{html.escape(each['role'])}</div><div class=said>{_text(each['content'])}</div>"
@@ -168,7 +172,7 @@ def _sample(root: Path, row: dict[str, Any]) -> str:
     )
 
 
-def _duplicate_group(root: Path, index: pa.Table, group: Iterable[tuple[str, str]]) -> str:
+def _duplicate_group(place: Place, index: pa.Table, group: Iterable[tuple[str, str]]) -> str:
     found = []
     for shard, member in list(group)[:4]:
         rows = index.filter(pc.equal(index["shard"], shard)).to_pylist()
@@ -176,16 +180,16 @@ def _duplicate_group(root: Path, index: pa.Table, group: Iterable[tuple[str, str
             (row, image) for row in rows for image in row["images"] if image["member"] == member
         )
         label = f"{html.escape(row['key'])}, {html.escape(row['split'])}"
-        found.append(f"<div>{_thumbnail(root, shard, image)}<div class=role>{label}</div></div>")
+        found.append(f"<div>{_thumbnail(place, shard, image)}<div class=role>{label}</div></div>")
     return f"<figure class=copies>{''.join(found)}</figure>"
 
 
-def _thumbnail(root: Path, shard: str, image: dict[str, Any]) -> str:
+def _thumbnail(place: Place, shard: str, image: dict[str, Any]) -> str:
     """The picture as a data URL, or what is wrong with it: a page must come out of damaged data too."""
     try:
-        with (root / shard).open("rb") as tar:
-            tar.seek(image["offset"])
-            data = tar.read(image["length"])
+        filesystem, root = place
+        end = image["offset"] + image["length"]
+        data = filesystem.cat_file(f"{root}/{shard}", image["offset"], end)
         with Image.open(io.BytesIO(data)) as opened:
             opened.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
             small = ImageOps.exif_transpose(opened).convert("RGB")

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from shards.format import BadInputError
 from shards.rows import Recipe, Row, RowFault, RowMaker, make_key, make_row, row_maker
+from shards.tars import sha256_of
 
 HF_PREFIX = "hf:"
 
@@ -106,7 +107,7 @@ def _filesystem(source: str) -> tuple[Any, str]:
 def _open_table(source: str, kind: str, recipe: Recipe) -> Source:
     try:
         with fsspec.open(source, "rb") as stream:
-            sha256 = _sha256(stream)
+            sha256 = sha256_of(stream)
         columns, num_rows = _survey(source, kind)
     except OSError as error:
         raise BadInputError(f"{source}: cannot be read ({error.strerror or error})") from error
@@ -319,10 +320,3 @@ def _guarded(source: str, records: Iterable[Record]) -> Iterator[Record]:
     except Exception as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInputError(f"{source}: reading stopped ({line}); run again to go on") from error
-
-
-def _sha256(stream: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()

@@ -144,6 +144,20 @@ def scan(stream: IO[bytes], name: str) -> Iterator[TarSample]:
         raise BadInputError(f"{name}: not a whole, uncompressed tar ({error})") from error
 
 
+def read_member(stream: IO[bytes], member: Member) -> bytes:
+    """The data of a member; `scan` may be under way on the same stream."""
+    stream.seek(member.offset)
+    return stream.read(member.length)
+
+
+def sha256_of(stream: IO[bytes]) -> str:
+    """Of the rest of a stream, in hex."""
+    digest = hashlib.sha256()
+    while block := stream.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def _sample(key: str, found: list[tuple[Member, int, int]]) -> TarSample:
     start = found[0][1]
     return TarSample(key, start, found[-1][2] - start, tuple(member for member, *_ in found))

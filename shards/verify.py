@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import fsspec
 import pyarrow.compute as pc
 
 from shards.format import (
@@ -29,7 +28,7 @@ from shards.format import (
     read_index,
 )
 from shards.images import check_image
-from shards.tars import TarSample, scan
+from shards.tars import TarSample, read_member, scan, sha256_of
 
 _MAX_FAULTS = 1000
 
@@ -51,7 +50,7 @@ class Report:
 
 
 def verify(root: str, decode: float = 0.01, progress: Progress | None = None) -> Report:
-    """Checks the local dataset directory `root`.
+    """Checks the dataset directory `root`, a local path or fsspec URL.
 
     decode: part of the images that is decoded, 0 to 1, chosen by hash of the sample's key (the same ones each
     time); 1: all. progress(done, total): called with bytes of shards checked.
@@ -61,7 +60,7 @@ def verify(root: str, decode: float = 0.01, progress: Progress | None = None) ->
         raise BadInputError(f"decode is {decode}; it must be from 0 (none) to 1 (every image)")
     info = read_dataset_info(root)
     faults: list[str] = []
-    checker = _Checker(Path(root), info, decode)
+    checker = _Checker(root, info, decode)
     faults += checker.dataset_faults()
     num_faults = len(faults)
     done, total = 0, sum(shard.bytes for shard in info.shards)
@@ -81,9 +80,10 @@ def verify(root: str, decode: float = 0.01, progress: Progress | None = None) ->
 class _Checker:
     """The index by shard, and the counts that the report wants."""
 
-    def __init__(self, root: Path, info: DatasetInfo, decode: float) -> None:
-        self._root, self._info, self._decode = root, info, decode
-        self._index = read_index(str(root))
+    def __init__(self, root: str, info: DatasetInfo, decode: float) -> None:
+        self._filesystem, self._root = fsspec.core.url_to_fs(root)
+        self._info, self._decode = info, decode
+        self._index = read_index(root)
         self._foreign = "indexer" in info.built_with
         self.images = self.decoded = 0
 
@@ -91,7 +91,8 @@ class _Checker:
         """What is wrong with the dataset as a whole."""
         faults = []
         listed = [shard.name for shard in self._info.shards]
-        stray = sorted({path.name for path in self._root.glob("*.tar")} - set(listed))
+        tars = {path.rsplit("/", 1)[1] for path in self._filesystem.glob(f"{self._root}/*.tar")}
+        stray = sorted(tars - set(listed))
         faults += [f"{name}: not in {DATASET_JSON}; delete it or build anew" for name in stray]
         keys = Counter(self._index["key"].to_pylist())
         faults += [f"index: key {key!r} stands {count} times" for key, count in keys.items() if count > 1]
@@ -106,15 +107,15 @@ class _Checker:
 
     def shard_faults(self, shard: ShardInfo) -> Iterator[str]:
         """Yields what is wrong with one shard, its samples and its rows of the index."""
-        path = self._root / shard.name
-        if not path.is_file():
+        path = f"{self._root}/{shard.name}"
+        if not self._filesystem.isfile(path):
             yield f"{shard.name}: missing; copy it again or build anew"
             return
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        with self._filesystem.open(path, "rb") as stream:
+            size = self._filesystem.size(path)
             if size != shard.bytes:
                 yield f"{shard.name}: {size} bytes, {DATASET_JSON} says {shard.bytes}"
-            if hashlib.file_digest(stream, "sha256").hexdigest() != shard.sha256:
+            if sha256_of(stream) != shard.sha256:
                 yield f"{shard.name}: its sha256 is not that of {DATASET_JSON}: the content has changed"
             rows = {row["offset"]: row for row in self._rows(shard.name)}
             if len(rows) != shard.samples:
@@ -124,7 +125,7 @@ class _Checker:
                 for sample in scan(stream, shard.name):
                     row = rows.pop(sample.offset, None)
                     if row is not None:
-                        for fault in self._sample_faults(stream.fileno(), sample, row):
+                        for fault in self._sample_faults(stream, sample, row):
                             yield f"{shard.name}: sample {row['key']!r}: {fault}"
                     elif not self._foreign:  # in tars from elsewhere it may be one that could not be used
                         yield f"{shard.name}: sample {sample.key!r} is not in the index"
@@ -136,7 +137,7 @@ class _Checker:
     def _rows(self, shard: str) -> list[dict[str, Any]]:
         return self._index.filter(pc.equal(self._index["shard"], shard)).to_pylist()
 
-    def _sample_faults(self, descriptor: int, sample: TarSample, row: dict[str, Any]) -> Iterator[str]:
+    def _sample_faults(self, stream: IO[bytes], sample: TarSample, row: dict[str, Any]) -> Iterator[str]:
         if row["key"] != sample.key and not (self._foreign and row["key"].endswith("/" + sample.key)):
             yield f"the tar has {sample.key!r} at this place"
             return
@@ -147,7 +148,7 @@ class _Checker:
             check_messages(row["messages"], len(row["images"]))
         except BadInputError as error:
             yield str(error)
-        yield from self._json_faults(descriptor, sample, row)
+        yield from self._json_faults(stream, sample, row)
         wanted = self._is_chosen(row["key"])
         for image in row["images"]:
             self.images += 1
@@ -156,7 +157,7 @@ class _Checker:
                 yield f"image {image['member']} is not where the index says"
             elif wanted:
                 self.decoded += 1
-                data = os.pread(descriptor, member.length, member.offset)
+                data = read_member(stream, member)
                 try:
                     facts = check_image(data, max_pixels=2**40)
                 except BadInputError as error:
@@ -168,7 +169,7 @@ class _Checker:
                         f"the index says {image['width']}x{image['height']}"
                     )
 
-    def _json_faults(self, descriptor: int, sample: TarSample, row: dict[str, Any]) -> Iterator[str]:
+    def _json_faults(self, stream: IO[bytes], sample: TarSample, row: dict[str, Any]) -> Iterator[str]:
         """The messages and meta of the tar against those of the index."""
         member = next((each for each in sample.members if each.suffix == "json"), None)
         if member is None or (sample.members[0] is not member and not self._foreign):
@@ -176,7 +177,7 @@ class _Checker:
                 yield f"{sample.key}.json is not its first member"
             return
         try:
-            content = json.loads(os.pread(descriptor, member.length, member.offset))
+            content = json.loads(read_member(stream, member))
         except ValueError as error:
             yield f"{member.name} is not JSON ({error})"
             return

@@ -159,6 +159,12 @@ def delete_unfinished(root: Path, prefix: str, windows: list[Window]) -> None:
                 path.unlink()
 
 
+def window_files(window: Window, prefix: str, number: int) -> list[str]:
+    """The files of a finished window, the one that commits it last."""
+    parts = (ledger_part(Path(), prefix, number), index_part(Path(), prefix, number))
+    return [*(shard.name for shard in window.shards), *(part.as_posix() for part in parts)]
+
+
 def index_part(root: Path, prefix: str, number: int) -> Path:
     """Where the index of window `number` of a worker lies."""
     return root / INDEX_DIR / f"part-{prefix}{number:06d}.parquet"

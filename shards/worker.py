@@ -19,9 +19,10 @@ from shards.fetch import Fetcher, FetchOptions, in_order
 from shards.format import LEDGER_DIR, BadInputError
 from shards.ledger import image_digest, seen_images
 from shards.options import BuildOptions
+from shards.place import Place
 from shards.prepare import Prepared, prepare
 from shards.rows import Row
-from shards.window import Window, WindowWriter, committed_windows, delete_unfinished
+from shards.window import Window, WindowWriter, committed_windows, delete_unfinished, window_files
 
 _MOST_WAITING = 128 * 2**20  # bytes of images that wait for their turn to be written
 _log = logging.getLogger(__name__)
@@ -44,25 +45,27 @@ class Work:
     may_fail: int | None
 
 
-def run_worker(root: Path, work: Work, options: BuildOptions, progress: Progress | None) -> list[Window]:
+def run_worker(place: Place, work: Work, options: BuildOptions, progress: Progress | None) -> list[Window]:
     """Does the rest of `work` and returns all its windows.
 
     progress(done, total): called with rows as they are done, those of an earlier call included; total 0 if it
     is not known. Raises BadInputError if more rows fail than may, or if the source changes meanwhile.
     """
+    root = place.root
     windows = committed_windows(root, work.prefix)
     delete_unfinished(root, work.prefix, windows)
     if windows and not windows[-1].last:
         _log.info("%s: going on after %d finished windows", root, len(windows))
     if not windows or not windows[-1].last:
-        asyncio.run(_write_windows(root, work, options, windows, progress))
+        asyncio.run(_write_windows(place, work, options, windows, progress))
     return windows
 
 
 async def _write_windows(
-    root: Path, work: Work, options: BuildOptions, windows: list[Window], progress: Progress | None
+    place: Place, work: Work, options: BuildOptions, windows: list[Window], progress: Progress | None
 ) -> None:
     """Writes the windows that are missing, appending each to `windows` when it is committed."""
+    root = place.root
     rows = work.rows(sum(window.rows for window in windows))
     upcoming = next(rows, None)
     seen = seen_images(root, work.prefix) if options.duplicates == "drop" else None
@@ -106,7 +109,9 @@ async def _write_windows(
                     raise BadInputError(
                         f"{work.name}: changed while it was read; leave it alone and run again"
                     )
-                windows.append(writer.commit(last=upcoming is None))
+                window = writer.commit(last=upcoming is None)
+                place.send(window_files(window, work.prefix, len(windows)))
+                windows.append(window)
             except BaseException:
                 writer.abandon()
                 raise

@@ -192,7 +192,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(tmp_path: Path, table: Call
         (source, tmp_path / "other", ASK, "not empty and not a directory of shards build"),
         (source, out, changed(val_fraction=0.2), "val_fraction 0.1, now 0.2; choose another --out"),
         (table(4, "less"), out, ASK, "another content of the source"),
-        (source, "s3://bucket/out", ASK, "written to a local directory"),
+        (source, "nowhere://bucket/out", ASK, "nowhere://bucket/out: Protocol not known: nowhere"),
         (source, tmp_path / "new", changed(val_fraction=2), "val_fraction is 2; it must be from 0 to 1"),
         (source, tmp_path / "new", changed(shard_samples=0), "shard_samples is 0; it must be at least 1"),
         (source, "/proc/here/out", ASK, "cannot write"),

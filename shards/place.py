@@ -1,0 +1,108 @@
+"""Where a dataset is built: a local directory, or an object store with a local directory to work in.
+
+In an object store every finished window is sent (tars, then ledger, then index) and its tars are deleted
+locally; a worker on any machine goes on behind the last window that the store has. dataset.json goes last.
+
+In: `out` as the user gave it. Out: `Place`. Called by `build` and its parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from shards.format import BUILD_JSON, DATASET_JSON, INDEX_DIR, LEDGER_DIR, BadInputError
+
+LOCK_SUFFIX = ".lock"
+
+
+@dataclass(frozen=True)
+class Place:
+    """root: the local directory. filesystem, base: the store and the path in it; None and "" without one."""
+
+    out: str
+    root: Path
+    filesystem: Any = None
+    base: str = ""
+
+    def pull(self) -> None:
+        """Makes the local directory what the store has, without the tars: they are not needed to go on."""
+        if self.filesystem is None:
+            return
+        with self._store_errors():
+            self.filesystem.invalidate_cache()
+            there = {BUILD_JSON, DATASET_JSON, *self._names(INDEX_DIR), *self._names(LEDGER_DIR)}
+            there = {name for name in there if "/" in name or self.filesystem.exists(f"{self.base}/{name}")}
+            for folder in (self.root, self.root / INDEX_DIR, self.root / LEDGER_DIR):
+                folder.mkdir(parents=True, exist_ok=True)
+            for path in [path for path in self.root.rglob("*") if path.is_file()]:
+                if path.suffix != LOCK_SUFFIX:
+                    path.unlink()
+            for name in sorted(there):
+                self.filesystem.get_file(f"{self.base}/{name}", str(self.root / name))
+
+    def read(self, name: str) -> str | None:
+        """The text of a file as the store has it, None if it is not there."""
+        if self.filesystem is None:
+            path = self.root / name
+            return path.read_text() if path.is_file() else None
+        with self._store_errors():
+            try:
+                return str(self.filesystem.cat_file(f"{self.base}/{name}").decode())
+            except FileNotFoundError:
+                return None
+
+    def send(self, names: Iterable[str]) -> None:
+        """Copies files to the store, in this order; tars are deleted here once they are there."""
+        if self.filesystem is None:
+            return
+        with self._store_errors():
+            for name in names:
+                self.filesystem.put_file(str(self.root / name), f"{self.base}/{name}")
+                if name.endswith(".tar"):
+                    (self.root / name).unlink()
+
+    def remove(self, name: str) -> None:
+        """Deletes a file, in the store first."""
+        if self.filesystem is not None:
+            with self._store_errors(), contextlib.suppress(FileNotFoundError):
+                self.filesystem.rm_file(f"{self.base}/{name}")
+        (self.root / name).unlink(missing_ok=True)
+
+    def _names(self, folder: str) -> list[str]:
+        found = self.filesystem.glob(f"{self.base}/{folder}/*")
+        return [f"{folder}/{path.rsplit('/', 1)[1]}" for path in found]
+
+    @contextlib.contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a store's client raises
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BadInputError(
+                f"{self.out}: the store does not answer as it should ({line}); check its address and your "
+                "rights, then run again"
+            ) from error
+
+
+def open_place(out: str, work_dir: str | None = None, worker: str = "") -> Place:
+    """The place of `out`. work_dir: local directory for what is under way to a store; None: one in the user's
+    cache. worker: a name of its own for each of several workers on one machine.
+
+    Raises BadInputError if there is no driver for the URL.
+    """
+    if "://" not in out:
+        return Place(out, Path(out))
+    try:
+        filesystem, base = fsspec.core.url_to_fs(out)
+    except (ImportError, ValueError) as error:
+        raise BadInputError(f"{out}: {error}") from error
+    name = hashlib.sha256(f"{out} {worker}".encode()).hexdigest()[:16]
+    folder = Path.home() / ".cache/phi3v/shards" if work_dir is None else Path(work_dir)
+    return Place(out, folder / name, filesystem, str(base).rstrip("/"))
