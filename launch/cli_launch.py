@@ -117,3 +117,18 @@ def k8s(
     apply = apply and not show
     code = launch_k8s(config, overrides or [], nodes, gpus_per_node, image or IMAGE, options, apply, out)
     raise typer.Exit(code)
+
+
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(help="Recipe whose data, weights and disk to look at.")
+    ] = None,
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Also the Slurm cluster.")] = False,
+    k8s: Annotated[bool, typer.Option("--k8s", help="Also the Kubernetes cluster.")] = False,
+    bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Also time an all-reduce here.")] = False,
+) -> None:
+    """Find what would go wrong before it costs GPU hours; exit code 5 if anything would fail."""
+    from launch.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(config, overrides or [], slurm, k8s, bandwidth))

@@ -1,4 +1,5 @@
-"""Is this node fit to train? `phi3v launch check-node CONFIG`, one short look on every node before the ranks start.
+"""Is this node fit to train? `phi3v launch check-node CONFIG`, one short look on every node before the ranks
+start.
 
 In: config, overrides, the scheduler's environment. Out: lines on standard output that slurm/train.sh reads
 (`run_dir PATH` from the first node, `unhealthy NODE REASON`), and an exit code. No torch: it takes a second.
@@ -23,7 +24,8 @@ from shards.format import BadInputError
 UNHEALTHY = 5
 """Exit code: config and job are fine, this node is not; run elsewhere."""
 MIN_SHM_BYTES = 1 << 30
-"""NCCL and data workers share memory through /dev/shm; with the 64 MB of a bare container they die of SIGBUS."""
+"""NCCL and data workers share memory through /dev/shm; with the 64 MB of a bare container they die of
+SIGBUS."""
 
 
 def check_node(config_path: str, overrides: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -55,7 +57,9 @@ def node_faults(run_dir: Path, gpus: int, environment: Mapping[str, str]) -> lis
     if fault := unwritable(run_dir):
         faults.append(fault)
     if command := environment.get("PHI3V_HEALTH_CHECK"):
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False
+        )
         if done.returncode:
             said = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
             faults.append(f"health check: {said}")

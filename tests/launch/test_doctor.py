@@ -1,0 +1,80 @@
+"""`phi3v doctor`: what it sees, and that it says how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import doctor
+from launch.doctor import Finding, run_doctor
+from phi3v_dist.config import load_config
+from shards.format import BadInputError
+
+
+def test_a_config_that_can_run_has_nothing_red(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_doctor(str(tiny_config), ["train.global_batch=4"]) == 0
+    said = capsys.readouterr().out
+    assert "red" not in said
+    for subject in (
+        "torch",
+        "/dev/shm",
+        "rendezvous",
+        "run directory",
+        "write speed",
+        "shards",
+        "model",
+        "batch",
+    ):
+        assert f" {subject}: " in said
+    assert not list(tiny_config.parent.glob("**/.probe-*")), "leaves nothing behind"
+
+
+def test_what_will_fail_is_red_and_says_how_to_mend_it(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [
+        "data.path=no shards here",
+        "train.global_batch=3",
+        "model.config=null",
+        "model.path=no weights",
+    ]
+    assert run_doctor(str(tiny_config), overrides, environment={"PHI3V_CPU_PROCESSES": "2"}) == 5
+    reds = [line for line in capsys.readouterr().out.splitlines() if line.startswith("red")]
+    assert len(reds) == 3
+    assert "shards build" in reds[0] and "set model.path" in reds[1] and "such as 4" in reds[2]
+
+
+def test_shards_of_the_wrong_size_and_missing_splits_are_seen(
+    products: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = tmp_path / "a copy"
+    shutil.copytree(products, copy)
+    config = load_config(tiny_config, [f"data.path={copy}", "data.val_split=test"])
+    next(iter(sorted(copy.glob("*.tar")))).write_bytes(b"short")
+    found = [finding.found for finding in doctor.dataset(config)]
+    assert any("1 shard(s) of the wrong size" in each for each in found)
+    assert any("no sample in split test" in each for each in found)
+
+
+def test_a_bad_config_is_wrong_input_not_a_finding(tiny_config: Path) -> None:
+    with pytest.raises(BadInputError, match="did you mean"):
+        run_doctor(str(tiny_config), ["train.lrr=1"])
+
+
+def test_ranks_start_and_reduce(capsys: pytest.CaptureFixture[str]) -> None:
+    found = list(doctor.all_reduce())
+    assert [finding.status for finding in found] == ["green"] and "GB/s" in found[0].found
+
+
+def test_a_cluster_that_is_not_there_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for check in (doctor.slurm_cluster, doctor.kubernetes_cluster):
+        assert [finding.status for finding in check()] == ["red"]
+
+
+def test_a_line_names_status_subject_and_mend() -> None:
+    finding = Finding("yellow", "GPUs", "none", "rent some")
+    assert doctor.line(finding, colour=False) == "yellow GPUs: none; rent some"
