@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.cluster import gpu_fault, membership, uses_gpus
-from phi3v_dist.config import load_config
 from phi3v_dist.exits import DONE, USAGE
+from phi3v_dist.inputs import load_run
 from shards.format import BadInputError
 
 UNHEALTHY = 5
@@ -33,7 +33,7 @@ def check_node(config_path: str, overrides: Sequence[str], environment: Mapping[
     node = environment.get("SLURMD_NODENAME") or socket.gethostname()
     is_first = environment.get("SLURM_NODEID", "0") == "0"
     try:
-        run_dir = load_config(config_path, overrides).run_dir
+        run_dir = load_run(config_path, overrides).run_dir
         processes = membership(environment).processes
     except BadInputError as error:
         if is_first:

@@ -13,15 +13,15 @@ CONFIG = """
 name: a-run
 runs_dir: "{runs}"
 model: {{config: {{}}}}
-data: {{path: "shards here"}}
+data: {{path: "{data}"}}
 train: {{steps: 1}}
 """
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> str:
+def config(tmp_path: Path, products: Path) -> str:
     file = tmp_path / "a config.yaml"
-    file.write_text(CONFIG.format(runs=tmp_path / "runs with space"))
+    file.write_text(CONFIG.format(runs=tmp_path / "runs with space", data=products))
     return str(file)
 
 
@@ -31,6 +31,8 @@ def test_config_is_checked_before_anything_starts(config: str, monkeypatch: pyte
         local.launch_local(config, ["train.lrr=1"])
     with pytest.raises(BadInputError, match="no such config file"):
         local.launch_local("nowhere.yaml", [])
+    with pytest.raises(BadInputError, match="no such dataset directory"):
+        local.launch_local(config, ["data.path=nowhere"])
     with pytest.raises(BadInputError, match="at least one"):
         local.launch_local(config, [], processes=0)
 

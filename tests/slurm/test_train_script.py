@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ CONFIG = """
 name: a-run
 runs_dir: "{runs}"
 model: {{config: {{}}}}
-data: {{path: "no shards here"}}
+data: {{path: "{data}"}}
 train: {{steps: 1}}
 """
 
@@ -27,14 +28,14 @@ train: {{steps: 1}}
 class Run:
     """A run of the stand-in: its config, its directory, and how it is submitted."""
 
-    def __init__(self, cluster: SlurmCluster, directory: Path, steps: int) -> None:
+    def __init__(self, cluster: SlurmCluster, directory: Path, data: Path, steps: int) -> None:
         self.cluster, self.cwd = cluster, directory / "submitted from here"
         self.cwd.mkdir()
         self.run_dir = directory / "runs with space" / "a-run"
         self.run_dir.mkdir(parents=True)
         (self.run_dir / "steps").write_text(str(steps))
         self.config = directory / "a config.yaml"
-        self.config.write_text(CONFIG.format(runs=self.run_dir.parent))
+        self.config.write_text(CONFIG.format(runs=self.run_dir.parent, data=data))
         # A command line with a space in its path, as a user's may have.
         command = directory / "bin with space" / "phi3v"
         command.parent.mkdir()
@@ -64,8 +65,17 @@ class Run:
         )
 
 
-def test_one_torchrun_a_node_and_as_many_ranks_as_gpus(cluster: SlurmCluster, tmp_path: Path) -> None:
-    run = Run(cluster, tmp_path, steps=5)
+MakeRun = Callable[[int], Run]
+
+
+@pytest.fixture
+def make_run(cluster: SlurmCluster, tmp_path: Path, products: Path) -> MakeRun:
+    """Makes the test's run, of so many steps."""
+    return lambda steps: Run(cluster, tmp_path, products, steps)
+
+
+def test_one_torchrun_a_node_and_as_many_ranks_as_gpus(cluster: SlurmCluster, make_run: MakeRun) -> None:
+    run = make_run(5)
     job = run.submit("--nodes=2", "--gpus-per-node=2")
     cluster.wait_for_state(job, "COMPLETED", 60)
     starts = run.starts()
@@ -76,9 +86,9 @@ def test_one_torchrun_a_node_and_as_many_ranks_as_gpus(cluster: SlurmCluster, tm
 
 
 def test_requeue_by_hand_goes_on_from_the_checkpoint_in_the_same_log(
-    cluster: SlurmCluster, tmp_path: Path
+    cluster: SlurmCluster, make_run: MakeRun
 ) -> None:
-    run = Run(cluster, tmp_path, steps=60)
+    run = make_run(60)
     job = run.submit("--nodes=2", "--gpus-per-node=1")
     run.wait_for_ranks(job, 2)
     cluster.run("scontrol", "requeue", str(job))
@@ -92,9 +102,9 @@ def test_requeue_by_hand_goes_on_from_the_checkpoint_in_the_same_log(
 
 
 def test_preemption_by_a_more_urgent_job_ends_in_a_checkpoint_and_the_queue(
-    cluster: SlurmCluster, tmp_path: Path
+    cluster: SlurmCluster, make_run: MakeRun
 ) -> None:
-    run = Run(cluster, tmp_path, steps=60)
+    run = make_run(60)
     job = run.submit("--nodes=3", "--gpus-per-node=1", "--exclusive")
     run.wait_for_ranks(job, 3)
     urgent = cluster.submit(
@@ -108,9 +118,9 @@ def test_preemption_by_a_more_urgent_job_ends_in_a_checkpoint_and_the_queue(
 
 
 def test_signal_before_the_time_limit_checkpoints_and_requeues_up_to_the_limit(
-    cluster: SlurmCluster, tmp_path: Path
+    cluster: SlurmCluster, make_run: MakeRun
 ) -> None:
-    run = Run(cluster, tmp_path, steps=100_000)
+    run = make_run(100_000)
     run.environment["PHI3V_MAX_REQUEUES"] = "1"
     job = run.submit("--nodes=1", "--gpus-per-node=2")
     run.wait_for_ranks(job, 2)
@@ -124,8 +134,8 @@ def test_signal_before_the_time_limit_checkpoints_and_requeues_up_to_the_limit(
     assert cluster.job(job)["ExitCode"] == "3:0"
 
 
-def test_an_unhealthy_node_is_left_out_from_then_on(cluster: SlurmCluster, tmp_path: Path) -> None:
-    run = Run(cluster, tmp_path, steps=5)
+def test_an_unhealthy_node_is_left_out_from_then_on(cluster: SlurmCluster, make_run: MakeRun) -> None:
+    run = make_run(5)
     run.environment["PHI3V_HEALTH_CHECK"] = 'test "$SLURMD_NODENAME" != node1 || { echo broken link; false; }'
     job = run.submit("--nodes=2", "--gpus-per-node=1")
     cluster.wait_for_state(job, "PENDING", 30)
@@ -141,6 +151,7 @@ def test_an_unhealthy_node_is_left_out_from_then_on(cluster: SlurmCluster, tmp_p
 @pytest.mark.parametrize(
     ("flags", "config", "overrides", "message"),
     [
+        (("--gpus-per-node=1",), None, ("data.path=nowhere",), "nowhere: no such dataset directory"),
         ((), None, (), "Slurm granted no GPUs on"),
         (("--gpus-per-node=1",), "no such.yaml", (), "no such.yaml: no such config file"),
         (("--gpus-per-node=1", "--nodes=2"), None, ("train.lrr=1",), "did you mean train.lr"),
@@ -148,13 +159,13 @@ def test_an_unhealthy_node_is_left_out_from_then_on(cluster: SlurmCluster, tmp_p
 )
 def test_wrong_input_ends_with_one_line_and_exit_code_2(
     cluster: SlurmCluster,
-    tmp_path: Path,
+    make_run: MakeRun,
     flags: tuple[str, ...],
     config: str | None,
     overrides: tuple[str, ...],
     message: str,
 ) -> None:
-    run = Run(cluster, tmp_path, steps=1)
+    run = make_run(1)
     job = run.submit(*flags, config=config, overrides=overrides)
     cluster.wait_for_state(job, "FAILED", 40)
     assert cluster.job(job)["ExitCode"] == "2:0"

@@ -1,0 +1,58 @@
+"""Shards on a local disk of the node: copied there once, before the ranks start.
+
+In: a dataset directory or URL, and a directory of the local disk. Out: the copy's path, the same on every
+node and for every start, because it is named after the dataset's fingerprint. Called by launch.cluster.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+
+from shards.format import DATASET_JSON, INDEX_DIR, BadInputError, read_dataset_info
+
+COPIES_AT_ONCE = 8
+
+
+def stage_dataset(source: str, directory: Path) -> Path:
+    """Copies the dataset `source` into `directory`; returns where it is. A complete copy is left as it is, a
+    half one is completed. `dataset.json` comes last, as in the original.
+
+    Raises BadInputError: source incomplete, a file of the wrong size, no space.
+    """
+    info = read_dataset_info(source)
+    fs, root = fsspec.core.url_to_fs(source)
+    target = directory / info.fingerprint[:16]
+    if (target / DATASET_JSON).exists():
+        return target
+    sizes: dict[str, int | None] = {shard.name: shard.bytes for shard in info.shards}
+    sizes |= {
+        f"{INDEX_DIR}/{Path(name).name}": None
+        for name in fs.glob(f"{root.rstrip('/')}/{INDEX_DIR}/*.parquet")
+    }
+
+    def copy(name: str) -> None:
+        place, size = target / name, sizes[name]
+        if place.exists() and (size is None or place.stat().st_size == size):
+            return
+        partial = place.with_name(f".{place.name}.{os.getpid()}")
+        fs.get_file(f"{root.rstrip('/')}/{name}", str(partial))
+        if size is not None and partial.stat().st_size != size:
+            raise BadInputError(
+                f"{source}/{name}: {partial.stat().st_size} bytes, {DATASET_JSON} says {size}"
+            )
+        os.replace(partial, place)
+
+    try:
+        (target / INDEX_DIR).mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+            list(pool.map(copy, sizes))
+        sizes[DATASET_JSON] = None
+        copy(DATASET_JSON)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BadInputError(f"cannot copy {source} to {target}: {reason}; unset PHI3V_STAGE_DIR") from error
+    return target
