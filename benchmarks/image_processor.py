@@ -4,10 +4,9 @@
 
 Both start from the bytes of a 1200 x 900 JPEG. Ours hands over uint8 tiles and leaves normalising and the
 global view to the device; the published way makes float32 views padded to num_crops + 1. The two are compared
-bit for bit first. Rounds alternate, so that a busy machine slows both; medians are reported, with the cost of
-decoding and resizing alone, which neither can avoid. The published way's time depends on how the machine hands
-out its 100 MB of fresh memory (twice as long without huge pages). Exits 1 below 2.5 times the speed or above a
-quarter of the bytes. -P keeps this folder off the import path.
+bit for bit first. Rounds alternate, so that a busy machine slows both; medians are reported, with the cost
+of decoding and resizing alone, which neither can avoid. Exits 1 below 2.5 times the speed or above a quarter
+of the bytes. -P keeps this folder off the import path.
 """
 
 import argparse
