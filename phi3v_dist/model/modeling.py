@@ -154,8 +154,16 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings  # type: ignore[assignment]
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        if not isinstance(
+            new_embeddings, LossHead
+        ):  # transformers makes a plain one when the vocabulary grows
+            head = LossHead(
+                new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta"
+            )
+            head.weight = new_embeddings.weight
+            new_embeddings = head
+        self.lm_head = new_embeddings
 
     def forward(
         self,

@@ -191,3 +191,14 @@ def test_a_document_never_predicts_the_first_token_of_the_next(tiny) -> None:
             ids = torch.tensor([document.input_ids])
             expected += model(ids, labels=ids).loss * (len(document.input_ids) - 1)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_a_grown_vocabulary_still_learns(tiny, six) -> None:
+    model = tiny.model()
+    row = tiny.pack(six)
+    with torch.no_grad():
+        before = model(row=row, return_logits=True)
+        model.resize_token_embeddings(168, mean_resizing=False)
+        torch.testing.assert_close(model(row=row, return_logits=True)[:, :160], before)
+    model(row=row).backward()
+    assert model.lm_head.weight.grad.shape == (168, 64) and model.config.vocab_size == 168
