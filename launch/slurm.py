@@ -122,12 +122,15 @@ def launch_slurm(
     run_dir = load_config(config_path, overrides).run_dir.resolve()
     folder = run_dir / JOBS
     if show:
-        executor = make_executor(job, folder, snapshot=run_dir / "code", options=options)
-        print(executor._make_submission_file_text("python -u -m submitit.core._submit FOLDER", "ID"))
+        print(batch_script(job, folder, run_dir / "code", options), end="")
         return DONE
     if shutil.which("sbatch") is None:
         raise BadInputError("no sbatch on the PATH: submit from a login node of the cluster")
-    executor = make_executor(job, folder, snapshot=take_snapshot(run_dir), options=options)
+    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
+    from submitit import SlurmExecutor
+
+    executor = SlurmExecutor(folder=folder)
+    executor.update_parameters(**batch_parameters(job, take_snapshot(run_dir), options))
     tasks = [NodeTask(job.config, run, options.max_requeues) for run in runs]
     try:
         jobs = (
@@ -164,21 +167,28 @@ def combinations(config_path: str, overrides: Sequence[str], sweep: Sequence[str
     return runs
 
 
-def make_executor(job: JobDescription, folder: Path, snapshot: Path, options: SlurmOptions) -> Any:
-    """submitit's executor for the job: one task a node, no srun flags that would end it before it has
-    saved."""
-    os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
-    from submitit import SlurmExecutor
+def batch_script(job: JobDescription, folder: Path, snapshot: Path, options: SlurmOptions) -> str:
+    """The script as submitit 1.5.4 writes it; the function is its own, the executor would ask for an srun
+    here."""
+    from submitit.slurm.slurm import _make_sbatch_string
 
-    environment = {
-        "SUBMITIT_PREEMPT_SIGNAL": "USR1",
-        "PYTHONPATH": f"{snapshot}:$PYTHONPATH",
-        **job.environment,
-    }
+    command = "python -u -m submitit.core._submit FOLDER"
+    return str(_make_sbatch_string(command, folder, **batch_parameters(job, snapshot, options)))
+
+
+def batch_parameters(job: JobDescription, snapshot: Path, options: SlurmOptions) -> dict[str, Any]:
+    """submitit's parameters for the job: one task a node, no srun flag that would end it before it has
+    saved."""
+    environment = {"SUBMITIT_PREEMPT_SIGNAL": "USR1", **job.environment}
     if job.cpu_processes:
         environment["PHI3V_CPU_PROCESSES"] = str(job.cpu_processes)
-    executor = SlurmExecutor(folder=folder)
-    parameters: dict[str, Any] = {
+    optional = {
+        "gpus_per_node": job.gpus_per_node or None,
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+    }
+    return {
         "job_name": job.name,
         "nodes": job.nodes,
         "ntasks_per_node": 1,
@@ -193,15 +203,8 @@ def make_executor(job: JobDescription, folder: Path, snapshot: Path, options: Sl
         ],
         "srun_args": ["--mpi=none", "--kill-on-bad-exit=0", "--wait=300"],
         "additional_parameters": {"requeue": True, "signal": f"USR1@{options.lead_s}", **options.more},
+        **{key: value for key, value in optional.items() if value},
     }
-    optional = {
-        "gpus_per_node": job.gpus_per_node or None,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-    }
-    executor.update_parameters(**parameters, **{key: value for key, value in optional.items() if value})
-    return executor
 
 
 def take_snapshot(run_dir: Path) -> Path:

@@ -51,7 +51,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_min_interval=0,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmdTimeout=10
+SlurmdTimeout=5
 KillWait=30
 GresTypes=gpu
 {nodes}

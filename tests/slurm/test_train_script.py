@@ -134,6 +134,15 @@ def test_signal_before_the_time_limit_checkpoints_and_requeues_up_to_the_limit(
     assert cluster.job(job)["ExitCode"] == "3:0"
 
 
+def test_slurm_sends_the_signal_before_the_time_limit(cluster: SlurmCluster, make_run: MakeRun) -> None:
+    run = make_run(100_000)
+    job = run.submit("--gpus-per-node=1", "--time=1", "--signal=USR1@45")
+    run.wait_for_ranks(job, 1)
+    cluster.wait_for_state(job, "PENDING", 60)
+    assert list((run.run_dir / "checkpoints").iterdir())
+    assert cluster.job(job)["Restarts"] == "1"
+
+
 def test_an_unhealthy_node_is_left_out_from_then_on(cluster: SlurmCluster, make_run: MakeRun) -> None:
     run = make_run(5)
     run.environment["PHI3V_HEALTH_CHECK"] = 'test "$SLURMD_NODENAME" != node1 || { echo broken link; false; }'

@@ -1,0 +1,103 @@
+"""`phi3v launch slurm` before anything reaches a cluster: the batch script, sweeps, what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.description import STOP_LEAD_S, JobDescription, job_name, rank_environment
+from launch.slurm import SlurmOptions, combinations, launch_slurm
+from shards.format import BadInputError
+
+TRAIN_SH = Path(__file__).resolve().parents[2] / "slurm" / "train.sh"
+
+SCRIPT = """#!/bin/bash
+
+# Parameters
+#SBATCH --account=vision
+#SBATCH --constraint=h100
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=tiny
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output='RUN/slurm/%j_0_log.out'
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
+#SBATCH --time=60
+#SBATCH --wckey=submitit
+
+# setup
+trap : TERM USR1
+export SUBMITIT_PREEMPT_SIGNAL=USR1
+export PYTHONPATH='RUN/code'${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output 'RUN/slurm/%j_%t_log.out' --mpi=none --kill-on-bad-exit=0 --wait=300 COMMAND
+"""
+
+
+def test_the_batch_script_is_printed_and_nothing_is_submitted(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    runs = tmp_path / "runs with space"
+    options = SlurmOptions(partition="gpu", account="vision", more={"constraint": "h100"})
+    overrides = [f"runs_dir={runs}"]
+    assert launch_slurm(str(tiny_config), overrides, 4, 8, minutes=60, options=options, show=True) == 0
+    said = capsys.readouterr().out.replace(str(runs / "tiny"), "RUN")
+    assert re.sub(r"python -u .*", "COMMAND", said) == SCRIPT
+    assert not (runs / "tiny" / "code").exists()
+
+
+def test_the_script_for_sbatch_gives_the_same_time_to_stop() -> None:
+    assert f"#SBATCH --signal=USR1@{STOP_LEAD_S}\n" in TRAIN_SH.read_text()
+
+
+def test_a_sweep_is_every_combination_each_a_run_of_its_own(tiny_config: Path) -> None:
+    runs = combinations(str(tiny_config), ["seed=1"], ["train.lr=1e-5,2e-5", "train.weight_decay=0.0,0.1"])
+    assert [run[1:4] for run in runs] == [
+        ("train.lr=1e-5", "train.weight_decay=0.0", "name=tiny-0"),
+        ("train.lr=1e-5", "train.weight_decay=0.1", "name=tiny-1"),
+        ("train.lr=2e-5", "train.weight_decay=0.0", "name=tiny-2"),
+        ("train.lr=2e-5", "train.weight_decay=0.1", "name=tiny-3"),
+    ]
+    assert {run[-1] for run in runs} == {"track.group=tiny"}
+    assert combinations(str(tiny_config), ["seed=1"], []) == [("seed=1",)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sweep": ["train.lr"]}, "not of the form key=value,value"),
+        ({"sweep": ["train.lrr=1,2"]}, "did you mean"),
+        ({"nodes": 0}, "at least one is needed"),
+        ({"gpus_per_node": 0}, "no GPUs per node"),
+        ({"minutes": 5}, "leaves no time to train"),
+        ({}, "no sbatch on the PATH"),
+    ],
+)
+def test_what_cannot_be_submitted_is_one_line(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict, message: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BadInputError, match=message) as caught:
+        launch_slurm(str(tiny_config), [], **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_job_names_are_fit_for_slurm_and_kubernetes() -> None:
+    assert [job_name(name) for name in ("burberry", "My_Run.2", "2nd")] == ["burberry", "my-run-2", "run-2nd"]
+    with pytest.raises(BadInputError, match="40 are the most"):
+        job_name("x" * 41)
+
+
+def test_ranks_share_the_cores_and_a_cpu_run_says_so() -> None:
+    assert rank_environment(2, on_gpu=False, cores=8) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}
+    on_cluster = rank_environment(8, on_gpu=True, cores=64, nodes=4)
+    assert on_cluster["OMP_NUM_THREADS"] == "8" and on_cluster["HF_HUB_OFFLINE"] == "1"
+    assert JobDescription("a", "b", gpus_per_node=0, cpu_processes=2).processes_per_node == 2
