@@ -17,11 +17,13 @@ from phi3v_dist.data.loader import RowMaker, load_rows
 from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.data.tokens import sample_costs
 from phi3v_dist.exits import DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
+from phi3v_dist.export import export
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.model.hub import load_config as load_model_config
 from phi3v_dist.optim import learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.processor.tokenizer import load_tokenizer
-from shards.format import read_index
+from phi3v_dist.restore import find_source, restore
+from shards.format import BadInputError, read_index
 from tests.train.ranks import finish, run_ranks, start_ranks
 
 
@@ -83,6 +85,26 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
     load_weights(first, run_dir / "init")
     still = {name for name, p in first.named_parameters() if torch.equal(p, straight[name])}
     assert still == {name for name, p in first.named_parameters() if not p.requires_grad}
+
+    # what is taken home is what was learnt, with the official names
+    out = export(find_source(run_dir), run_dir / "export")
+    taken = restore(find_source(out), "cpu", torch.float32).model
+    assert all(torch.equal(p, straight[name]) for name, p in taken.named_parameters())
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    with pytest.raises(BadInputError, match="is not empty"):
+        export(find_source(run_dir), out)
+
+    # a damaged newest checkpoint is passed over; nothing but a whole one is read
+    damaged = checkpoints / "step-000009"
+    shutil.copytree(checkpoints / "step-000006", damaged)
+    (damaged / "rank-00001.safetensors").write_bytes(b"short")
+    assert checkpoint.newest(checkpoints) == checkpoints / "step-000006"
+    with pytest.raises(BadInputError, match="rank-00001.safetensors has 5 bytes"):
+        checkpoint.read_meta(damaged)
+    shutil.rmtree(damaged)
 
     # done is done
     assert "already finished at step 6" in run_ranks(tiny_config, 2)
