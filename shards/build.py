@@ -86,22 +86,22 @@ def build_task(
     """Builds the part of task `task` (from 0) of `tasks`; all tasks may run at once, on any machines that
     share `out`. The dataset is complete after `close_tasks`.
 
-    Returns the windows of this task. Raises as `build` does; min_success is of the task's own rows.
+    Returns the windows of this task; a single task needs no closing. Raises as `build` does; min_success is
+    of the task's own rows.
     """
     options = options or BuildOptions()
     if not 0 <= task < tasks:
         raise BadInputError(f"task {task}/{tasks}: the task must be from 0 to {tasks - 1}")
+    if tasks == 1:
+        build(source, out, options, progress)
+        return committed_windows(open_place(out, options.work_dir).root, "")
     opened, plan = _prepare(source, options, tasks)
     place = open_place(out, options.work_dir, f"task {task}")
     work = _task_work(opened, options, task, tasks)
-    with _writing(out):
-        if tasks == 1:
-            with _claim(place, plan):
-                return run_worker(place, work, options, progress)
-        with _join(place, plan, task):
-            if _is_complete(place):
-                return committed_windows(place.root, work.prefix)
-            return run_worker(place, work, options, progress)
+    with _writing(out), _join(place, plan, task):
+        if _is_complete(place):
+            return committed_windows(place.root, work.prefix)
+        return run_worker(place, work, options, progress)
 
 
 def waits_for_close(out: str) -> bool:

@@ -118,7 +118,7 @@ def _duplicates(
         if len(candidates) > 1:
             for row, image in candidates:
                 end = image["offset"] + image["length"]
-                data = filesystem.cat_file(f"{place}/{row['shard']}", image["offset"], end)
+                data = filesystem.cat_file(f"{place}/{row['shard']}", start=image["offset"], end=end)
                 digest = hashlib.sha256(data).digest()
                 equal[digest].append((row, image))
     groups = [group for group in equal.values() if len(group) > 1]

@@ -189,7 +189,7 @@ def _thumbnail(place: Place, shard: str, image: dict[str, Any]) -> str:
     try:
         filesystem, root = place
         end = image["offset"] + image["length"]
-        data = filesystem.cat_file(f"{root}/{shard}", image["offset"], end)
+        data = filesystem.cat_file(f"{root}/{shard}", start=image["offset"], end=end)
         with Image.open(io.BytesIO(data)) as opened:
             opened.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
             small = ImageOps.exif_transpose(opened).convert("RGB")

@@ -57,6 +57,12 @@ def test_a_task_run_again_does_nothing_and_missing_ones_are_named(
     (Path(source).parent / "3.jpg").unlink()
 
 
+def test_one_task_of_one_is_the_whole_build(tmp_path: Path, table: Callable[..., Path]) -> None:
+    source, out = str(table(7)), str(tmp_path / "out")
+    assert sum(window.rows for window in build_task(source, out, 0, 1, ASK)) == 7
+    assert not waits_for_close(out) and build(source, out, ASK).num_samples == 7
+
+
 def test_more_tasks_than_rows(tmp_path: Path, table: Callable[..., Path]) -> None:
     source, out = str(table(2)), str(tmp_path / "out")
     for task in range(5):
