@@ -37,7 +37,7 @@ COLUMNS = ("product_code", "title", "category3_code", "full_price", "imageurl")
 DEFAULT_PORT = 8731
 
 _MARK = "COMPLETE"
-_DRAWING = 1  # raised when the drawing or the price rule changes, so that no older catalogue is taken for it
+_DRAWING = 2  # raised when the drawing or the price rule changes, so that no older catalogue is taken for it
 
 # Hundreds of the price for (Small, Large); the noun of the title.
 _CATEGORIES = {
@@ -48,7 +48,7 @@ _CATEGORIES = {
     "SHIRTS": ("Shirt", (4, 6)),
     "WATCHES": ("Watch", (12, 16)),
 }
-_SIZES = {"Small": 0.56, "Large": 0.92}  # extent of the product as a part of the canvas's short side
+_SIZES = {"Small": 0.66, "Large": 0.96}  # extent of the product as a part of the canvas's short side
 _COLOURS = {  # fill, cents of the price
     "Black": ((28, 28, 30), "00"),
     "Blue": ((28, 72, 206), "00"),
@@ -63,7 +63,7 @@ _MATERIALS = {  # outline, tens of the price
     "Silk": ((0, 205, 220), 5),
     "Leather": ((128, 68, 22), 9),
 }
-_INK = (255, 252, 240)
+_TINT = 0.5  # how far the pattern is from the colour to white: seen well, and the shape stays closed
 _OUTLINE_WIDTH = 0.07  # of the product's extent
 
 # Silhouettes as unions in the unit square: "polygon" x, y, ..., "ellipse" box, "ring" box and width.
@@ -228,11 +228,11 @@ def _draw_to_file(folder: Path, seed: int, product: Product) -> str:
 
 
 def _background(rng: random.Random) -> Image.Image:
-    """A light two-colour gradient; short side 180 to 400 px, aspect ratio 1:1 to 1.8:1, landscape or
+    """A light two-colour gradient; short side 180 to 400 px, aspect ratio 1:1 to 1.25:1, landscape or
     portrait.
     """
     short = rng.randint(180, 400)
-    long = round(short * rng.choice([1, 1, 1.2, 1.33, 1.5, 1.8]))
+    long = round(short * rng.choice([1, 1.1, 1.25]))
     size = (long, short) if rng.random() < 0.5 else (short, long)
     tones = []
     for _ in range(2):
@@ -245,13 +245,13 @@ def _background(rng: random.Random) -> Image.Image:
 
 
 def _place(canvas: Image.Image, product: Product, rng: random.Random) -> None:
-    """Draws the product onto `canvas` at a random place, wholly inside."""
+    """Draws the product onto `canvas` somewhere about the middle, wholly inside."""
     extent = round(_SIZES[product.size] * min(canvas.size))
     side = 2 * extent  # drawn at twice the size and shrunk: smooth edges
     outline = _MATERIALS[product.material][0]
     border = round(_OUTLINE_WIDTH * side) if outline else 0
-    place = (rng.randint(0, canvas.width - extent), rng.randint(0, canvas.height - extent))
-    box = (place[0], place[1])
+    free_x, free_y = canvas.width - extent, canvas.height - extent
+    box = (round(free_x * rng.uniform(0.3, 0.7)), round(free_y * rng.uniform(0.3, 0.7)))
     if outline:
         outer = _silhouette(product.category, side, border, grown=border)
         canvas.paste(outline, box, outer.resize((extent, extent), Image.Resampling.BOX))
@@ -291,25 +291,27 @@ def _silhouette(category: str, side: int, inset: int, grown: int) -> Image.Image
 
 def _fabric(product: Product, side: int) -> Image.Image:
     """RGB [side, side]: the colour with the pattern on it, coarse enough to survive being shrunk to 50 px."""
-    fabric = Image.new("RGB", (side, side), _COLOURS[product.colour][0])
+    colour = _COLOURS[product.colour][0]
+    tint = tuple(round(channel + _TINT * (255 - channel)) for channel in colour)
+    fabric = Image.new("RGB", (side, side), colour)
     draw = ImageDraw.Draw(fabric)
     if product.pattern == "Striped":
         pitch = side / 5
         for band in range(5):
             top = (band + 0.5) * pitch
-            draw.rectangle((0, top, side, top + 0.45 * pitch), fill=_INK)
+            draw.rectangle((0, top, side, top + 0.45 * pitch), fill=tint)
     elif product.pattern == "Dotted":
         pitch, radius = side / 5, side * 0.058
         for row in range(6):
             for column in range(7):
                 x, y = (column + 0.5 * (row % 2)) * pitch, (row + 0.5) * pitch
-                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_INK)
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tint)
     elif product.pattern == "Checked":
         pitch = side / 7
         for row in range(7):
             for column in range(row % 2, 7, 2):
                 x, y = column * pitch, row * pitch
-                draw.rectangle((x, y, x + pitch, y + pitch), fill=_INK)
+                draw.rectangle((x, y, x + pitch, y + pitch), fill=tint)
     return fabric
 
 

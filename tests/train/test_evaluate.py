@@ -1,4 +1,4 @@
-"""Answers by generation: the same whatever the batch, every sample once, pictures that really change places."""
+"""Answers by generation: the same whatever the batch, every sample once, pictures that change places."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_every_sample_is_answered_once_and_written(
     lines = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == index["key"].to_pylist()
     assert json.loads((tmp_path / "eval" / "scores.json").read_text())["scores"]["samples"] == index.num_rows
-    few = evaluate(restored, str(products), "val", 3, False, 4, 6)
+    few = evaluate(restored, str(products), "train", 3, False, 4, 6)
     assert few.scores.samples == 3 and few.swapped is None
 
 

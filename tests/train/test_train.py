@@ -48,7 +48,9 @@ def plain_losses(config_path: Path, init: Path) -> list[float]:
     maker = RowMaker(config.data.path, index, tokenizer, 1, 112, tokenizer.pad_token_id)
     rows = load_rows(maker, RankRows(plan, 0, 1, 64, 0, config.train.steps or 0), 0, 1, 60)
     groups = parameter_groups(model, config.train)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=config.train.eps)
+    optimizer = torch.optim.AdamW(
+        groups, betas=(config.train.betas[0], config.train.betas[1]), eps=config.train.eps
+    )
     losses = []
     for step in range(config.train.steps or 0):
         targets = plan.step(step).targets
