@@ -20,12 +20,11 @@ def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raises BadInputError if the dataset is incomplete or lacks the train split, or a model file is missing."""
+    """Raises BadInputError if the dataset is incomplete or has no train split, or a model file is missing."""
     info = read_dataset_info(config.data.path)
     if not info.splits.get(config.data.train_split):
-        raise BadInputError(
-            f"{config.data.path}: no split {config.data.train_split!r}; it has: {', '.join(sorted(info.splits))}"
-        )
+        known = ", ".join(sorted(info.splits))
+        raise BadInputError(f"{config.data.path}: no split {config.data.train_split!r}; it has: {known}")
     wanted = []
     if config.model.path is not None:
         wanted.append((config.model.path, "config.json"))

@@ -121,7 +121,7 @@ class Tracker:
 def _start_wandb(config: RunConfig, run_dir: Path, mode: Any, about: dict[str, Any]) -> Any:
     import wandb
 
-    # Pictures of tables are staged there for upload; the default is in the home, which compute nodes may not share.
+    # Pictures of tables are staged there for upload; by default in the home, which nodes may not share.
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb" / "data").absolute()))
     record = run_dir / _RUN_ID
     if not record.exists():

@@ -1,4 +1,4 @@
-"""What a configuration makes of its data, before any GPU is asked for: rows, fill, steps, balance, over-long samples.
+"""What a configuration makes of its data, before any GPU is asked for: rows, fill, steps, balance.
 
 In: the configuration and a number of ranks. Out: lines of text. Called by `phi3v plan`.
 """
@@ -27,7 +27,8 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
     """
     if config.train.global_batch % dp_size:
         raise BadInputError(
-            f"train.global_batch={config.train.global_batch} rows cannot be shared by {dp_size} ranks; make it a multiple"
+            f"train.global_batch={config.train.global_batch} rows cannot be shared by {dp_size} ranks; "
+            "make it a multiple"
         )
     with tempfile.TemporaryDirectory() as scratch:  # a tokenizer that training would train is trained there
         tokenizer = load_tokenizer(tokenizer_dir(config, Path(scratch)))
@@ -62,11 +63,11 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
         f"samples      {len(costs):,} with {costs.pictures.sum():,} pictures; {plan.dropped:,} longer than "
         f"{data.seq_len:,} tokens are left out",
         "tokens       a sample: least {:,}, median {:,}, 90% {:,}, 99% {:,}, most {:,}".format(*quantiles),
-        f"targets      {costs.targets.sum() / costs.tokens.sum():.1%} of {costs.tokens.sum():,} tokens are learnt",
+        f"targets      {costs.targets.sum() / costs.tokens.sum():.1%} of {costs.tokens.sum():,} tokens",
         f"rows         {len(epoch):,} of {data.seq_len:,} tokens an epoch, {plan.fill(0):.2%} filled, "
         f"{len(epoch.samples) / len(epoch):.1f} samples each",
         f"steps        {steps:,} an epoch of {config.train.global_batch} rows "
         f"({config.train.global_batch // dp_size} on each of {dp_size} ranks); {total:,} in this run",
-        f"imbalance    the slowest rank does {np.mean(imbalance):.3f} x the mean work of its step on average, "
+        f"imbalance    the slowest rank does {np.mean(imbalance):.3f} x the mean work of its step, "
         f"{np.quantile(imbalance, 0.99):.3f} x in the worst 1%",
     ]

@@ -88,7 +88,7 @@ def open_mesh(timeout_s: float) -> Iterator[Mesh]:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise BadInputError(
-                f"process {local_rank} of this node has no GPU of its own ({torch.cuda.device_count()} found), "
+                f"process {local_rank} of this node has no GPU of its own (of {torch.cuda.device_count()}), "
                 "start one process per GPU"
             )
         device, backend = torch.device("cuda", local_rank), "nccl"

@@ -67,7 +67,7 @@ def make_engine(
     from transformers.models.clip.modeling_clip import CLIPEncoderLayer
     from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
-    # A layer's weights are gathered together: a dozen times fewer hooks and collectives than module by module.
+    # A layer's weights are gathered together: a tenth of the hooks and collectives of module by module.
     set_z3_leaf_modules(model, [Phi3DecoderLayer, CLIPEncoderLayer])
     optimizer = torch.optim.AdamW(
         groups, lr=config.train.lr, betas=(config.train.betas[0], config.train.betas[1]), eps=config.train.eps
