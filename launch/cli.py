@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from launch.cli_launch import app as launch_app
+from launch.cli_launch import doctor
 from launch.cli_shards import app as shards_app
 from phi3v_dist.exits import (
     CRASHED,
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(shards_app, name="shards")
 app.add_typer(launch_app, name="launch")
+app.command()(doctor)
 
 Config = Annotated[str, typer.Argument(help="YAML file, such as configs/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as train.lr=1e-5")]
@@ -95,6 +97,27 @@ def plan(
     from phi3v_dist.data.describe import describe_plan
 
     print("\n".join(describe_plan(run, dp)))
+
+
+@app.command()
+def estimate(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="data-parallel GPUs")] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GB (10^9 bytes) of one GPU")] = 80.0,
+) -> None:
+    """Show how much memory a config needs on each GPU. Neither data nor weights are needed.
+
+    Example: phi3v estimate configs/burberry.yaml --gpus 8
+    """
+    from phi3v_dist.config import load_config
+
+    run = load_config(config, overrides or [])
+    from phi3v_dist.estimate import describe
+    from phi3v_dist.estimate import estimate as estimate_memory
+    from phi3v_dist.origin import model_config_of
+
+    print("\n".join(describe(estimate_memory(run, model_config_of(run), gpus), int(gpu_memory * 1e9))))
 
 
 @app.command()

@@ -52,6 +52,16 @@ def prepare_origin(config: RunConfig, run_dir: Path, mesh: Mesh) -> Origin:
     return Origin(model_dir, model_config, tokens, tokenizer)
 
 
+def model_config_of(config: RunConfig) -> Phi3VConfig:
+    """The sizes of the model before anything is there: of model.path if it exists, else as published."""
+    if config.model.config is not None:
+        return Phi3VConfig(**{"pad_token_id": None, **config.model.config})
+    assert config.model.path is not None
+    if (Path(config.model.path) / "config.json").exists():
+        return load_config(config.model.path)
+    return Phi3VConfig()
+
+
 def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
     """(model_dir, tokenizer_dir), made where they are missing."""
     tokens = tokenizer_dir(config, run_dir)

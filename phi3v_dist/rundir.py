@@ -21,7 +21,17 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
 # What may change between one start of a run and the next; anything else would make it another run.
-_MAY_CHANGE = ("checkpoint.", "eval.", "track.", "parallel.", "runs_dir", "data.workers", "data.prefetch")
+# data.path may: shards are staged to node-local disks, and the fingerprint guards their content.
+_MAY_CHANGE = (
+    "checkpoint.",
+    "eval.",
+    "track.",
+    "parallel.",
+    "runs_dir",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+)
 _MAY_CHANGE_ALOUD = ("train.steps", "train.epochs", "model.gradient_checkpointing", "model.vision_chunk",
                      "data.max_bad_fraction", "data.val_split")  # fmt: skip
 _log = logging.getLogger(__name__)

@@ -13,9 +13,7 @@ import numpy as np
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.plan import Plan, rank_rows, row_cost
 from phi3v_dist.data.tokens import sample_costs
-from phi3v_dist.model.configuration import Phi3VConfig
-from phi3v_dist.model.hub import load_config
-from phi3v_dist.origin import tokenizer_dir
+from phi3v_dist.origin import model_config_of, tokenizer_dir
 from phi3v_dist.processor.tokenizer import load_tokenizer
 from shards.format import BadInputError, read_index
 
@@ -32,11 +30,7 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
         )
     with tempfile.TemporaryDirectory() as scratch:  # a tokenizer that training would train is trained there
         tokenizer = load_tokenizer(tokenizer_dir(config, Path(scratch)))
-    if config.model.path is not None:
-        tile = load_config(config.model.path).tile
-    else:
-        clip = (config.model.config or {}).get("clip_vision_config")
-        tile = Phi3VConfig(pad_token_id=None, clip_vision_config=clip).tile
+    tile = model_config_of(config).tile
     index = read_index(config.data.path, config.data.train_split, ["key", "images", "messages"])
     costs = sample_costs(index, tokenizer, config.data.num_crops, tile)
     data = config.data

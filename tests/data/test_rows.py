@@ -1,4 +1,4 @@
-"""From a dataset directory to packed rows: counts agree with what is made, readers agree, damage is contained."""
+"""From a dataset directory to packed rows: counts agree with what is made, readers agree, damage stays put."""
 
 from pathlib import Path
 
