@@ -176,6 +176,24 @@ def export(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run directory")],
+    out: Annotated[Path | None, typer.Option(help="the page; default RUN/report.html")] = None,
+) -> None:
+    """Write one HTML page about a run: curves, evaluations, answers. It needs no network.
+
+    Example: phi3v report runs/demo
+    """
+    from phi3v_dist.report import report as make_report
+    from shards.atomic import write_atomically
+
+    page = make_report(run)
+    target = out or run / "report.html"
+    write_atomically(target, page.encode())
+    print(f"wrote {target}")
+
+
+@app.command()
 def ask(
     model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model directory")],
     picture: Annotated[Path, typer.Argument(help="an image file")],

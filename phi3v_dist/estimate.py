@@ -43,7 +43,7 @@ def estimate(config: RunConfig, model: Phi3VConfig, gpus: int) -> Estimate:
         learning += 0 if group_of(name) in config.model.freeze else numel
     tokens, hidden = config.data.seq_len, model.hidden_size
     layer = 4 * hidden * hidden + 3 * hidden * model.intermediate_size
-    # One decoder layer at work: residual, norms, q k v and their rotated copies, attention's output, gate, up,
+    # One decoder layer at work: residual, norms, q k v and their rotated copies, attention's output, gate, up
     # their product, and the gradients of the widest.
     layer_work = tokens * (10 * hidden + 5 * model.intermediate_size) * size
     checkpointed = config.model.gradient_checkpointing
