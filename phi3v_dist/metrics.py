@@ -1,7 +1,8 @@
 """What an answer is worth: product fields read out of texts, and the scores over a set of answers. Pure.
 
-An answer holds lines `Title: ...`, `Category: ...`, `Price: ...`; truth is read from the reference reply in
-the same way. Called by evaluation.
+An answer holds `Title: ...`, `Category: ...`, `Price: ...`, one a line, or the seed's `Product: ...,
+Category: ..., Full Price: ...` in one line; truth is read from the reference reply in the same way. Called by
+evaluation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-_FIELD = re.compile(r"^[ \t]*(title|category|price)[ \t]*:[ \t]*(.*?)[ \t]*$", re.IGNORECASE | re.MULTILINE)
+_NAMES = {
+    "title": "title",
+    "product": "title",
+    "category": "category",
+    "price": "price",
+    "full price": "price",
+}
+_NAME = "|".join(sorted(_NAMES, key=len, reverse=True))
+_FIELD = re.compile(
+    rf"(?:^|,)[ \t]*({_NAME})[ \t]*:[ \t]*(.*?)[ \t]*(?=$|,[ \t]*(?:{_NAME})[ \t]*:)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _NUMBER = re.compile(r"(?<![\d.,-])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![.,]?\d)")
 
 
@@ -54,7 +66,7 @@ def parse_product(answer: str) -> Product:
     """The fields of an answer; of a field said twice, the first."""
     fields: dict[str, str] = {}
     for name, value in _FIELD.findall(answer):
-        fields.setdefault(name.lower(), value)
+        fields.setdefault(_NAMES[name.lower()], value)
     price = parse_price(fields["price"]) if "price" in fields else None
     return Product(fields.get("title") or None, fields.get("category") or None, price)
 

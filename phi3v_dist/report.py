@@ -1,6 +1,6 @@
 """One HTML page about a run that needs no network: curves, evaluations, answers, where it came from.
 
-In: a run directory (metrics.jsonl, the newest checkpoint, eval/*). Out: the page as text. Called by `phi3v report`.
+In: a run directory (metrics.jsonl, the newest checkpoint, eval/*). Out: the page. Called by `phi3v report`.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _curve(lines: list[dict[str, Any]], key: str, title: str) -> str:
     return (
         f'<figure><svg viewBox="-4 0 {_WIDTH + 8} {_HEIGHT}" width="{_WIDTH}" role="img">'
         f'<polyline points="{path}" fill="none" stroke="#2563eb" stroke-width="1.5"/>{dots}</svg>'
-        f"<figcaption>{title}: {values[-1]:.4g} at step {last} (least {low:.4g}, most {high:.4g})</figcaption>"
-        "</figure>"
+        f"<figcaption>{title}: {values[-1]:.4g} at step {last} (least {low:.4g}, most {high:.4g})"
+        "</figcaption></figure>"
     )
 
 

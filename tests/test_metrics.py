@@ -27,6 +27,8 @@ def test_a_price_is_one_number_or_nothing(text: str, price: float | None) -> Non
 def test_fields_are_lines_and_the_first_of_a_name_counts() -> None:
     product = parse_product("Title: Big Bag\n category : BAGS \nPrice: 3.50\nPrice: 9")
     assert (product.title, product.category, product.price) == ("Big Bag", "BAGS", 3.5)
+    seed = parse_product("Product: Bag, red, Category: BAGS, Full Price: 1,290.5")
+    assert (seed.title, seed.category, seed.price) == ("Bag, red", "BAGS", 1290.5)
     assert parse_product("a bag for 3.50") == parse_product("")
     assert parse_product("Title:\nCategory:\nPrice:").title is None
 
