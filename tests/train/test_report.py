@@ -12,7 +12,8 @@ from shards.format import BadInputError
 
 def test_a_page_holds_curves_scores_and_answers(tmp_path: Path) -> None:
     lines = [{"train/global_step": s, "train/loss": 1 / s, "eval/price_mae": 5.0} for s in range(1, 9)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"train/glo')
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"train/glo')
     scores = tmp_path / "eval" / "after"
     scores.mkdir(parents=True)
     (scores / "scores.json").write_text(json.dumps({"scores": {"samples": 1, "price_mae": None}}))
