@@ -1,4 +1,4 @@
-"""From a dataset directory to packed rows: counts agree with what is made, readers too, damage is contained."""
+"""From a dataset directory to packed rows: counts agree with what is made, damage is contained."""
 
 from pathlib import Path
 
