@@ -78,7 +78,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         "%s: %d steps of %d rows on %d ranks x %d accumulation steps, %d samples, %.1f%% fill; ZeRO-3 keeps "
         "%.1f%% of the weights on each rank",
         config.name, steps, config.train.global_batch, mesh.dp_size, accumulation, len(plan.costs),
-        100 * plan.fill(0), 100 * partitioned_fraction(engine),
+        100 * plan.fill(0), 100 * partitioned_fraction(engine, mesh),
     )  # fmt: skip
     rows = load_rows(
         maker,
@@ -93,9 +93,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         while progress.step < steps:
             step_rows = plan.step(progress.step, end_row)
             rate = learning_rate(progress.step, steps, config.train)
-            torch.manual_seed(
-                hash((config.seed, progress.step, mesh.rank)) % 2**63
-            )  # dropout, if a model has any
+            torch.manual_seed(config.seed + 1_000_003 * progress.step + mesh.rank)  # dropout, if there is any
             progress, stopping = _step(
                 engine, rows, accumulation, step_rows.targets, rate, progress, stop, window, mesh
             )

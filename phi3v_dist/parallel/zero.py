@@ -78,10 +78,15 @@ def make_engine(
     return engine
 
 
-def partitioned_fraction(engine: Any) -> float:
-    """Elements of the trainable weights that this rank keeps, as a part of all. About 1 / ranks under
-    ZeRO-3.
+def partitioned_fraction(engine: Any, mesh: Mesh) -> float:
+    """Elements of the trainable weights that this rank keeps, as a part of all: 1 / ranks and some padding.
+
+    Raises RuntimeError if it is more, that is if ZeRO-3 has not partitioned them.
     """
     held = sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
     total = sum(p.ds_numel for group in engine.optimizer.fp16_groups for p in group)
+    if held > total / mesh.size * 1.05 + len(engine.optimizer.fp16_groups) * 4096:
+        raise RuntimeError(
+            f"ZeRO-3 keeps {held:,} of {total:,} weights on one of {mesh.size} ranks; not partitioned"
+        )
     return float(held / total)
