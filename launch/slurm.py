@@ -219,14 +219,17 @@ def take_snapshot(run_dir: Path) -> Path:
 
 
 def follow(job: Any) -> int:
-    """Prints the job's log as it grows, over all its requeues; returns the exit code of the run. Ctrl-C
-    cancels."""
-    position = 0
-    results = [Path(str(sub.paths.result_pickle)) for sub in (job._sub_jobs or [job])]
+    """Prints the job's logs as they grow, over all its requeues; returns the exit code of the run. Ctrl-C
+    cancels. The logs of all nodes: rank 0, which reports, is where the rendezvous puts it, not always on the
+    first.
+    """
+    tasks = job._sub_jobs or [job]
+    positions = {Path(str(task.paths.stdout)): 0 for task in tasks}
+    results = [Path(str(task.paths.result_pickle)) for task in tasks]
     try:
         while True:
             ended = all(result.exists() for result in results) or not in_queue(job.job_id)
-            position = _print_from(Path(str(job.paths.stdout)), position)
+            positions = {log: _print_from(log, position) for log, position in positions.items()}
             if ended:
                 break
             time.sleep(POLL_S)
