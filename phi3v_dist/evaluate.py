@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,7 @@ def swap_pictures(questions: Sequence[Question], seed: int) -> list[Question]:
     for places in by_count.values():
         random.Random(f"swap {seed}").shuffle(places)
         for here, there in zip(places, places[1:] + places[:1], strict=True):
-            q = questions[here]
-            swapped[here] = Question(q.key, q.prompt, q.truth, questions[there].pictures)
+            swapped[here] = replace(questions[here], pictures=questions[there].pictures)
     return swapped
 
 

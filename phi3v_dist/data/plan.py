@@ -143,12 +143,8 @@ class Plan:
         return self._epochs[number]
 
     def steps_of(self, epochs: float) -> int:
-        """Optimizer steps that take the rows of so many epochs (a part of one is a part of its rows, rounded
-        up).
-        """
-        whole = int(epochs)
-        last = int(np.ceil((epochs - whole) * len(self.epoch(whole)))) if epochs > whole else 0
-        return -(-(self._start(whole) + last) // self.global_batch)
+        """Optimizer steps that take the rows of so many epochs."""
+        return -(-self.end_row(epochs) // self.global_batch)
 
     def step(self, number: int, end_row: int | None = None) -> StepRows:
         """The rows of optimizer step `number`, from 0. Rows at or after `end_row` are left empty."""
@@ -172,7 +168,7 @@ class Plan:
         return float(self.costs.tokens[rows.samples].sum() / (len(rows) * self.seq_len))
 
     def end_row(self, epochs: float) -> int:
-        """The number of rows in so many epochs."""
+        """The number of rows in so many epochs; a part of one is a part of its rows, rounded up."""
         whole = int(epochs)
         part = int(np.ceil((epochs - whole) * len(self.epoch(whole)))) if epochs > whole else 0
         return self._start(whole) + part
