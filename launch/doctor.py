@@ -61,7 +61,7 @@ def run_doctor(
     Raises BadInputError if the config itself cannot be used.
     """
     config = load_config(config_path, overrides) if config_path else None
-    checks: list[Callable[[], Iterator[Finding]]] = [versions, gpus, shared_memory, network]
+    checks: list[Callable[[], Iterator[Finding]]] = [versions, compiled_resize, gpus, shared_memory, network]
     if config is not None:
         checks += [lambda: run_directory(config), lambda: dataset(config), lambda: weights(config)]
         checks += [lambda: batch(config, environment), lambda: wandb(config, environment)]
@@ -103,6 +103,17 @@ def versions() -> Iterator[Finding]:
         mend = f"pip install -c constraints.txt {name}=={wanted}"
         good = have == wanted
         yield Finding("green" if good else "red", name, have, "" if good else f"{mend} ({wanted} is tested)")
+
+
+def compiled_resize() -> Iterator[Finding]:
+    """The C part of image preprocessing was built when the package was installed."""
+    from phi3v_dist.processor import resample
+
+    if resample.available():
+        yield Finding("green", "image resize", "compiled")
+    else:
+        mend = "install a C compiler (gcc), then this package again: pictures are prepared 1.7 times as fast"
+        yield Finding("yellow", "image resize", "done by Pillow", mend)
 
 
 def gpus() -> Iterator[Finding]:

@@ -1,4 +1,5 @@
-"""Pixels -> uint8 tiles. Pillow and numpy only; what needs float arithmetic happens later, on the device.
+"""Pixels -> uint8 tiles. Pillow, numpy and the compiled resize; what needs float arithmetic happens later, on
+the device.
 
 `decode_image` is the data path (bytes from a shard, turned upright, refused when unusable). `hd_tiles` does
 to a PIL image what the published processor does up to normalisation, bit for bit. Both avoid copies: on a
@@ -12,6 +13,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from phi3v_dist.processor import resample
 from phi3v_dist.processor.geometry import TILE, HDGrid, hd_grid
 from shards.format import BadInputError
 
@@ -71,17 +73,27 @@ def hd_tiles(image: Image.Image, num_crops: int, tile: int = TILE) -> np.ndarray
     """
     grid = hd_grid(*image.size, num_crops, tile)
     rgb = image if image.mode == "RGB" else image.convert("RGB")
+    top, left = (0, grid.pad_top) if grid.transposed else (grid.pad_top, 0)
+    tiles = np.empty((grid.rows, grid.cols, 3, tile, tile), dtype=np.uint8)
+    if grid.pad_top or grid.pad_bottom:
+        tiles.fill(255)
+    if resample.available():
+        width, height = grid.resized_width, grid.resized_height
+        size = (height, width) if grid.transposed else (width, height)
+        resample.resample_into(tiles, rgb, size, (left, top), rows_first=grid.transposed)
+    else:
+        _resize_with_pillow(tiles, rgb, grid, top, left)
+    return tiles.reshape(grid.rows * grid.cols, 3, tile, tile)
+
+
+def _resize_with_pillow(tiles: np.ndarray, rgb: Image.Image, grid: HDGrid, top: int, left: int) -> None:
     # A portrait is resized with x and y swapped: Pillow rounds between its two passes, so the order shows.
-    swap = Image.Transpose.TRANSPOSE
+    tile, swap = tiles.shape[-1], Image.Transpose.TRANSPOSE
     if grid.transposed:
         rgb = rgb.transpose(swap)
     rgb = rgb.resize((grid.resized_width, grid.resized_height), Image.Resampling.BILINEAR)
     if grid.transposed:
         rgb = rgb.transpose(swap)
-    top, left = (0, grid.pad_top) if grid.transposed else (grid.pad_top, 0)
-    tiles = np.empty((grid.rows, grid.cols, 3, tile, tile), dtype=np.uint8)
-    if grid.pad_top or grid.pad_bottom:
-        tiles.fill(255)
     for channel, band in enumerate(rgb.split()):
         plane = np.asarray(band)
         height, width = plane.shape
@@ -92,7 +104,6 @@ def hd_tiles(image: Image.Image, num_crops: int, tile: int = TILE) -> np.ndarray
                 target = tiles[row, col, channel]
                 source = plane[y0 - top : y1 - top, x0 - left : x1 - left]
                 target[y0 - row * tile : y1 - row * tile, x0 - col * tile : x1 - col * tile] = source
-    return tiles.reshape(grid.rows * grid.cols, 3, tile, tile)
 
 
 def blank_tiles(grid: HDGrid, tile: int) -> np.ndarray:
