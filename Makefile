@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTEST_ARGS ?=
+# Test processes: one more than cores, because those of Slurm and of several ranks often wait.
+WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
 
 .PHONY: demo test check clean
 
@@ -15,7 +17,7 @@ demo: $(READY)
 	$(BIN)/phi3v demo
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -106,6 +106,10 @@ def k8s(
     namespace: Annotated[str, typer.Option(help="Namespace of all objects.")] = "phi3v",
     data_size: Annotated[str, typer.Option(help="Size of the claim for shards and weights.")] = "1Ti",
     runs_size: Annotated[str, typer.Option(help="Size of the claim for run directories.")] = "1Ti",
+    operator: Annotated[
+        Literal["v1", "v2"],
+        typer.Option(help="v1: training operator, PyTorchJob. v2: Kubeflow Trainer, TrainJob."),
+    ] = "v1",
     out: Annotated[Path | None, typer.Option(help="Write the files into this directory.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Hand them to kubectl.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print them; the default.")] = False,
@@ -113,7 +117,7 @@ def k8s(
     """Print or apply the Kubernetes objects of a run."""
     from launch.k8s import IMAGE, KubernetesOptions, launch_k8s
 
-    options = KubernetesOptions(namespace, data_size, runs_size)
+    options = KubernetesOptions(namespace, data_size, runs_size, operator)
     apply = apply and not show
     code = launch_k8s(config, overrides or [], nodes, gpus_per_node, image or IMAGE, options, apply, out)
     raise typer.Exit(code)

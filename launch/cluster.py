@@ -102,13 +102,25 @@ def _pod_membership(environment: Mapping[str, str]) -> Membership:
     port = environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT", "29500")
     node_rank = int(environment.get("PET_NODE_RANK") or environment.get("RANK", "0"))
     nodes = int(environment.get("PET_NNODES", "1").split(":")[-1])
-    processes = int(environment.get("PHI3V_CPU_PROCESSES") or environment.get("PET_NPROC_PER_NODE", "1"))
+    processes = _pod_processes(environment.get("PHI3V_CPU_PROCESSES") or environment["PET_NPROC_PER_NODE"])
     run_id = environment.get("PHI3V_RUN_ID") or host.removesuffix("-master-0") or "job"
     # The Service of the first pod may point nowhere while that pod is new; the pod itself knows its address.
     address = environment.get("POD_IP")
     if node_rank == 0 and address:
         host = address
     return Membership(nodes, node_rank, processes, host, int(port), run_id, address)
+
+
+def _pod_processes(said: str) -> int:
+    """A number, or the words that operators pass on to torchrun: auto, gpu, cpu."""
+    if said.isdigit() and int(said) > 0:
+        return int(said)
+    if said not in ("auto", "gpu", "cpu"):
+        raise BadInputError(f"PET_NPROC_PER_NODE={said!r}; set nprocPerNode to the GPUs of a pod")
+    gpus = visible_gpus()
+    if said == "gpu" and not gpus:
+        raise BadInputError("PET_NPROC_PER_NODE=gpu, but this pod has no GPU; see resources.limits")
+    return gpus if gpus and said != "cpu" else cores()
 
 
 def _slurm_membership(environment: Mapping[str, str]) -> Membership:

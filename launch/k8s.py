@@ -1,4 +1,5 @@
-"""`phi3v launch k8s`: a run as Kubernetes objects for the Kubeflow training operator (PyTorchJob v1).
+"""`phi3v launch k8s`: a run as Kubernetes objects, for the Kubeflow training operator (v1, PyTorchJob) or for
+its successor, the Kubeflow Trainer (v2, TrainJob).
 
 In: the job's description and the config file's text. Out: objects by file name, or their YAML; k8s/ in this
 repository is what it prints for its default arguments, a test holds that. Applying is left to kubectl.
@@ -13,12 +14,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from launch.description import GRACE_S, POD_GRACE_S, JobDescription, job_name
 from phi3v_dist.config import load_config
+from phi3v_dist.exits import CRASHED, DIVERGED, USAGE
 from shards.format import BadInputError
 
 NAMESPACE = "phi3v"
@@ -29,17 +31,22 @@ CONFIG_FILE = "train.yaml"
 WANDB_SECRET = "phi3v-wandb"
 USER_ID = 1000
 RENDEZVOUS_PORT = 23456
+TRAINER_API = "trainer.kubeflow.org/v1alpha1"
+TRAINER_CONTAINER = "node"  # the Trainer looks for a replicated job and a container of this name
 
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class KubernetesOptions:
-    """Where the job runs. data_size, runs_size: quantities of the claims, such as "1Ti"."""
+    """Where the job runs. data_size, runs_size: quantities of the claims, such as "1Ti". operator: v1 makes a
+    PyTorchJob, v2 a TrainJob with its TrainingRuntime.
+    """
 
     namespace: str = NAMESPACE
     data_size: str = "1Ti"
     runs_size: str = "1Ti"
+    operator: Literal["v1", "v2"] = "v1"
 
 
 DEFAULTS = KubernetesOptions()
@@ -75,7 +82,11 @@ def manifests(job: JobDescription, config_text: str, options: KubernetesOptions)
             claim(RUNS_CLAIM, options.runs_size, options),
         ],
         "20-config.yaml": [config_map(job, config_text, options)],
-        "30-train.yaml": [pytorch_job(job, options)],
+        "30-train.yaml": (
+            [pytorch_job(job, options)]
+            if options.operator == "v1"
+            else [training_runtime(job, options), train_job(job, options)]
+        ),
     }
 
 
@@ -136,7 +147,66 @@ def pytorch_job(job: JobDescription, options: KubernetesOptions) -> Object:
 
 def replica(job: JobDescription, count: int) -> Object:
     """`count` equal pods."""
-    template = {
+    return {"replicas": count, "restartPolicy": "ExitCode", "template": pod_template(job, "pytorch")}
+
+
+def training_runtime(job: JobDescription, options: KubernetesOptions) -> Object:
+    """The pods of a TrainJob. A pod that ends with one of our codes below 128 (bad config, diverged, crashed)
+    fails the job; any other is replaced, and a drained or preempted one is not even counted.
+    """
+    template = pod_template(job, TRAINER_CONTAINER)
+    template["spec"]["restartPolicy"] = "Never"  # the Job replaces pods; podFailurePolicy asks for it
+    policy = {
+        "rules": [
+            {
+                "action": "FailJob",
+                "onExitCodes": {
+                    "containerName": TRAINER_CONTAINER,
+                    "operator": "In",
+                    "values": sorted({CRASHED, USAGE, DIVERGED}),
+                },
+            },
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        ]
+    }
+    node = {
+        "name": TRAINER_CONTAINER,
+        "template": {
+            "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
+            "spec": {"backoffLimit": 50, "podFailurePolicy": policy, "template": template},
+        },
+    }
+    return {
+        "apiVersion": TRAINER_API,
+        "kind": "TrainingRuntime",
+        "metadata": {
+            "name": job.name,
+            "namespace": options.namespace,
+            "labels": {**_labels(job.name), "trainer.kubeflow.org/framework": "torch"},
+        },
+        "spec": {
+            "mlPolicy": {"numNodes": job.nodes, "torch": {}},
+            "template": {"spec": {"replicatedJobs": [node]}},
+        },
+    }
+
+
+def train_job(job: JobDescription, options: KubernetesOptions) -> Object:
+    """The job on that runtime. Processes are counted here: the Trainer's own guess is the word "auto"."""
+    return {
+        "apiVersion": TRAINER_API,
+        "kind": "TrainJob",
+        "metadata": {"name": job.name, "namespace": options.namespace, "labels": _labels(job.name)},
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": job.name},
+            "trainer": {"numNodes": job.nodes, "numProcPerNode": job.processes_per_node},
+        },
+    }
+
+
+def pod_template(job: JobDescription, container_name: str) -> Object:
+    """One node of the job. container_name: "pytorch" for the operator v1, "node" for v2."""
+    return {
         "metadata": {"labels": _labels(job.name)},
         "spec": {
             "automountServiceAccountToken": False,
@@ -152,7 +222,7 @@ def replica(job: JobDescription, count: int) -> Object:
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-            "containers": [container(job)],
+            "containers": [container(job, container_name)],
             "volumes": [
                 {"name": "config", "configMap": {"name": f"{job.name}-config"}},
                 {"name": "data", "persistentVolumeClaim": {"claimName": DATA_CLAIM, "readOnly": True}},
@@ -162,11 +232,10 @@ def replica(job: JobDescription, count: int) -> Object:
             ],
         },
     }
-    return {"replicas": count, "restartPolicy": "ExitCode", "template": template}
 
 
-def container(job: JobDescription) -> Object:
-    """The one container. Its name is fixed by the operator."""
+def container(job: JobDescription, name: str) -> Object:
+    """The one container. Its name is fixed by the operator; the Trainer (v2) names its own port."""
     resources: dict[str, Any] = {
         "cpu": str(job.cpus_per_gpu * job.processes_per_node),
         "memory": f"{job.memory_gb_per_node}Gi",
@@ -181,13 +250,14 @@ def container(job: JobDescription) -> Object:
         **({"PHI3V_CPU_PROCESSES": str(job.cpu_processes)} if job.cpu_processes else {}),
         **job.environment,
     }
+    ports = [{"name": "pytorchjob-port", "containerPort": RENDEZVOUS_PORT}]
     return {
-        "name": "pytorch",
+        "name": name,
         "image": job.image or IMAGE,
         "imagePullPolicy": "IfNotPresent",
         "command": ["phi3v", "launch", "node"],
         "args": [f"{CONFIG_MOUNT}/{CONFIG_FILE}", *job.overrides],
-        "ports": [{"name": "pytorchjob-port", "containerPort": RENDEZVOUS_PORT}],
+        **({"ports": ports} if name != TRAINER_CONTAINER else {}),
         "env": [
             *({"name": name, "value": value} for name, value in variables.items()),
             {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},

@@ -1,8 +1,8 @@
 """A strict check of Kubernetes manifests without a server: what the API server, the training operator's
 webhook, pod creation and pod security would refuse, and what they would take although it cannot be meant.
 
-In: the objects of one set. Out: a list of faults, one line each, empty for a good set. The schema of
-PyTorchJob is the operator's own, closed: unknown fields are faults.
+In: the objects of one set. Out: a list of faults, one line each, empty for a good set. The schemas of
+PyTorchJob and TrainJob are the operators' own, closed: unknown fields are faults.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
+from kubeflow_trainer_api.models.trainer_v1alpha1_training_runtime import TrainerV1alpha1TrainingRuntime
+from pydantic import BaseModel
 
 Object = dict[str, Any]
 
@@ -30,6 +33,8 @@ BASELINE_CAPABILITIES = {
     "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE",
     "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
 }  # fmt: skip
+
+TRAINER_API = "trainer.kubeflow.org/v1alpha1"
 
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _METADATA = {
@@ -67,6 +72,16 @@ def _kind(spec: Object | None, extra: Object | None = None) -> Object:
     properties |= {"spec": spec} if spec else {}
     required = ["apiVersion", "kind", "metadata", *(["spec"] if spec else [])]
     return {"type": "object", "properties": properties | (extra or {}), "required": required}
+
+
+def _model_schema(model: type[BaseModel]) -> Object:
+    schema = model.model_json_schema(by_alias=True)
+    schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
+    schema["properties"]["metadata"] = _METADATA
+    for name in schema["$defs"]:
+        if name.endswith(("ResourceQuantity", "IntOrString")):
+            schema["$defs"][name] = _SIZE
+    return schema
 
 
 def _schemas() -> dict[tuple[str, str], Object]:
@@ -110,6 +125,8 @@ def _schemas() -> dict[tuple[str, str], Object]:
         ("v1", "ConfigMap"): _kind(None, {"data": _STRINGS}),
         ("batch/v1", "Job"): _kind(batch),
         ("kubeflow.org/v1", "PyTorchJob"): job,
+        (TRAINER_API, "TrainingRuntime"): _model_schema(TrainerV1alpha1TrainingRuntime),
+        (TRAINER_API, "TrainJob"): _model_schema(TrainerV1alpha1TrainJob),
     }
     return {kind: _close(schema) for kind, schema in schemas.items()}
 
@@ -129,19 +146,28 @@ def _object_faults(each: Object) -> Iterator[str]:
         yield f"{where}: unknown kind {each.get('apiVersion')} {each.get('kind')}"
         return
     errors = list(jsonschema.Draft202012Validator(schema).iter_errors(each))
-    for error in errors:
+    for error in map(_deepest, errors):
         yield f"{where}: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
     if errors:
         return
     yield from (f"{where}: {fault}" for fault in _metadata_faults(each))
     if each["kind"] == "PyTorchJob":
         yield from (f"{where}: {fault}" for fault in _pytorch_job_faults(each))
+    if each["kind"] == "TrainingRuntime":
+        yield from (f"{where}: {fault}" for fault in _runtime_faults(each))
+    if each["kind"] == "TrainJob":
+        yield from (f"{where}: {fault}" for fault in _train_job_faults(each))
     if each["kind"] == "Job":
         yield from (f"{where}: {fault}" for fault in _job_faults(each))
     if each["kind"] == "PersistentVolumeClaim":
         yield from (
             f"{where}: {fault}" for fault in _resource_faults(each["spec"]["resources"], storage=True)
         )
+
+
+def _deepest(error: jsonschema.ValidationError) -> jsonschema.ValidationError:
+    """The fault inside nested alternatives, instead of "matches none of them"."""
+    return jsonschema.exceptions.best_match([error]) or error
 
 
 def _metadata_faults(each: Object) -> Iterator[str]:
@@ -186,12 +212,69 @@ def _pytorch_job_faults(each: Object) -> Iterator[str]:
         yield from (f"{role}: {fault}" for fault in _training_faults(pod, spec))
 
 
+def _runtime_faults(each: Object) -> Iterator[str]:
+    """What the Trainer looks for by name, and what the Jobs made of it would be refused for."""
+    jobs = each["spec"].get("template", {}).get("spec", {}).get("replicatedJobs", [])
+    if [job.get("name") for job in jobs] != ["node"]:
+        yield "the replicated job must be named node"
+        return
+    if "torch" not in each["spec"].get("mlPolicy", {}):
+        yield "no mlPolicy.torch: the pods would get no PET_ variables"
+    template = jobs[0]["template"]
+    step = template.get("metadata", {}).get("labels", {}).get("trainer.kubeflow.org/trainjob-ancestor-step")
+    if step != "trainer":
+        yield f"trainjob-ancestor-step is {step!r}, not trainer: the Trainer would not touch this job"
+    job, pod = template["spec"], template["spec"]["template"]["spec"]
+    containers = [container["name"] for container in pod["containers"]]
+    if "node" not in containers:
+        yield "no container is named node"
+    policy = job.get("podFailurePolicy")
+    if pod.get("restartPolicy") not in (("Never",) if policy else ("Never", "OnFailure")):
+        yield f"restartPolicy {pod.get('restartPolicy')!r} is not possible in such a Job"
+    for rule in (policy or {}).get("rules", []):
+        if rule.get("action") not in ("FailJob", "FailIndex", "Ignore", "Count"):
+            yield f"podFailurePolicy action {rule.get('action')!r}"
+        codes = rule.get("onExitCodes")
+        if (codes is None) == (not rule.get("onPodConditions")):
+            yield "a rule of podFailurePolicy needs onExitCodes or onPodConditions, and one alone"
+        if codes is not None:
+            if codes.get("containerName") not in containers:
+                yield f"podFailurePolicy watches the container {codes.get('containerName')!r}"
+            values = codes.get("values", [])
+            if codes.get("operator") not in ("In", "NotIn") or values != sorted(set(values)) or not values:
+                yield "exit codes of podFailurePolicy: In or NotIn, ascending, each once"
+            if codes.get("operator") == "In" and 0 in values:
+                yield "exit code 0 cannot be a failure"
+    yield from _pod_faults(pod)
+    yield from _node_faults(pod, "node")
+
+
+def _train_job_faults(each: Object) -> Iterator[str]:
+    name, trainer = each["metadata"]["name"], each["spec"].get("trainer") or {}
+    if not DNS_LABEL.fullmatch(name) or len(name) >= 50:
+        yield f"name {name!r}: pods and services need a DNS-1035 label under 50 characters"
+    for key in ("numNodes", "numProcPerNode"):
+        if not isinstance(trainer.get(key), int) or trainer[key] < 1:
+            yield f"trainer.{key} is {trainer.get(key)!r}"
+    reserved = [variable["name"] for variable in trainer.get("env") or []]
+    yield from (f"{variable} is set by the Trainer" for variable in reserved if variable.startswith("PET_"))
+
+
 def _training_faults(pod: Object, spec: Object) -> Iterator[str]:
     """What only our own training needs: processes = GPUs, time to save, shared memory."""
-    container = next((each for each in pod["containers"] if each["name"] == "pytorch"), pod["containers"][0])
-    gpus = container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu")
+    gpus = _gpus(pod, "pytorch")
     if gpus is not None and str(gpus) != spec.get("nprocPerNode"):
         yield f"nprocPerNode {spec.get('nprocPerNode')!r}, but {gpus} GPUs"
+    yield from _node_faults(pod, "pytorch")
+
+
+def _gpus(pod: Object, name: str) -> str | None:
+    container = next((each for each in pod["containers"] if each["name"] == name), pod["containers"][0])
+    return container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu")
+
+
+def _node_faults(pod: Object, name: str) -> Iterator[str]:
+    container = next((each for each in pod["containers"] if each["name"] == name), pod["containers"][0])
     grace = next((e["value"] for e in container.get("env", []) if e["name"] == "PHI3V_GRACE_S"), "240")
     if not float(grace) + 30 <= pod.get("terminationGracePeriodSeconds", 30):
         yield f"PHI3V_GRACE_S {grace} leaves no margin before the pod is killed"
@@ -326,6 +409,8 @@ def _set_faults(objects: Sequence[Object]) -> Iterator[str]:
         space = each.get("metadata", {}).get("namespace")
         if namespaces and space is not None and space not in namespaces:
             yield f"{each['kind']}: namespace {space} is not in the set"
+        if each.get("kind") == "TrainJob":
+            yield from _reference_faults(each, objects)
         for pod in _pods(each):
             for volume in pod.get("volumes", []):
                 claim = volume.get("persistentVolumeClaim", {}).get("claimName")
@@ -342,8 +427,29 @@ def _set_faults(objects: Sequence[Object]) -> Iterator[str]:
                         yield f"capabilities {sorted(added)} are refused in namespace {space}"
 
 
+def _reference_faults(job: Object, objects: Sequence[Object]) -> Iterator[str]:
+    """The runtime of a TrainJob is in the set, and has as many GPUs a pod as the job has processes."""
+    reference = job["spec"]["runtimeRef"]
+    wanted = (
+        reference.get("kind", "ClusterTrainingRuntime"),
+        reference["name"],
+        job["metadata"].get("namespace"),
+    )
+    for each in objects:
+        if (each.get("kind"), each["metadata"]["name"], each["metadata"].get("namespace")) == wanted:
+            processes = (job["spec"].get("trainer") or {}).get("numProcPerNode")
+            for pod in _pods(each):
+                if _gpus(pod, "node") not in (None, str(processes)):
+                    yield f"TrainJob: numProcPerNode {processes}, but {_gpus(pod, 'node')} GPUs"
+            return
+    yield f"TrainJob: the runtime {wanted} is not in the set"
+
+
 def _pods(each: Object) -> list[Object]:
     spec = each.get("spec", {})
+    if each.get("kind") == "TrainingRuntime":
+        jobs = spec.get("template", {}).get("spec", {}).get("replicatedJobs", [])
+        return [job["template"]["spec"]["template"]["spec"] for job in jobs]
     templates = [replica.get("template", {}) for replica in spec.get("pytorchReplicaSpecs", {}).values()]
     templates += [spec["template"]] if "template" in spec else []
     return [template.get("spec", {}) for template in templates]

@@ -57,6 +57,16 @@ def test_the_set_is_what_the_command_renders() -> None:
         assert found == texts, f"{directory}: not what the command renders; run: {again}"
 
 
+def test_the_overlay_for_the_trainer_is_what_the_command_renders() -> None:
+    job = k8s.describe(str(CONFIG), [], nodes=2, gpus_per_node=8)
+    options = k8s.KubernetesOptions(operator="v2")
+    text = k8s.render(k8s.manifests(job, CONFIG.read_text(), options))["30-train.yaml"]
+    again = "phi3v launch k8s configs/burberry.yaml --operator v2 --out DIR; copy its 30-train.yaml"
+    assert (K8S / "overlays/trainjob/30-train.yaml").read_text() == text, again
+    kinds = [each["kind"] for each in kustomize(K8S / "overlays/trainjob")]
+    assert kinds[-2:] == ["TrainingRuntime", "TrainJob"] and "PyTorchJob" not in kinds
+
+
 def test_the_shards_job_is_right(applied: list[Object]) -> None:
     shards = load(*(K8S / "shards").glob("*.yaml"))
     assert faults([*applied[:-1], *shards]) == []
@@ -220,6 +230,56 @@ def test_the_check_sees_what_is_broken(applied: list[Object], mutation: Callable
     assert faults(broken)
 
 
+def runtime_job(objects: list[Object]) -> Object:
+    return the("TrainingRuntime", objects)["spec"]["template"]["spec"]["replicatedJobs"][0]
+
+
+def node_pod(objects: list[Object]) -> Object:
+    return runtime_job(objects)["template"]["spec"]["template"]["spec"]
+
+
+def trainer(objects: list[Object]) -> Object:
+    return the("TrainJob", objects)["spec"]["trainer"]
+
+
+TRAINER_MUTATIONS: dict[str, Callable[[list[Object]], Any]] = {
+    "unknown field of the job": lambda o: the("TrainJob", o)["spec"].update(nodes=2),
+    "unknown field of the trainer": lambda o: trainer(o).update(numProcsPerNode=8),
+    "unknown field of the pod": lambda o: node_pod(o).update(gracePeriod=3),
+    "processes as a word": lambda o: trainer(o).update(numProcPerNode="auto"),
+    "no nodes": lambda o: trainer(o).update(numNodes=0),
+    "more processes than GPUs": lambda o: trainer(o).update(numProcPerNode=16),
+    "variable of torchrun": lambda o: trainer(o).update(env=[{"name": "PET_NNODES", "value": "2"}]),
+    "runtime of the cluster": lambda o: the("TrainJob", o)["spec"]["runtimeRef"].pop("kind"),
+    "another runtime": lambda o: the("TrainJob", o)["spec"]["runtimeRef"].update(name="torch-distributed"),
+    "no torch policy": lambda o: the("TrainingRuntime", o)["spec"]["mlPolicy"].pop("torch"),
+    "job of another name": lambda o: runtime_job(o).update(name="trainer"),
+    "container of another name": lambda o: node_pod(o)["containers"][0].update(name="pytorch"),
+    "no ancestor label": lambda o: runtime_job(o)["template"].pop("metadata"),
+    "restarts in place": lambda o: node_pod(o).update(restartPolicy="OnFailure"),
+    "failure action misspelt": lambda o: runtime_job(o)["template"]["spec"]["podFailurePolicy"]["rules"][
+        0
+    ].update(action="Fail"),
+    "exit codes out of order": lambda o: runtime_job(o)["template"]["spec"]["podFailurePolicy"]["rules"][0][
+        "onExitCodes"
+    ].update(values=[4, 2]),
+    "mount without volume": lambda o: node_pod(o)["volumes"].pop(0),
+    "claim that is not in the set": lambda o: node_pod(o)["volumes"][1]["persistentVolumeClaim"].update(
+        claimName="x"
+    ),
+    "no time to save": lambda o: node_pod(o).update(terminationGracePeriodSeconds=30),
+    "as root": lambda o: node_pod(o)["securityContext"].update(runAsNonRoot=False),
+}
+
+
+@pytest.mark.parametrize("mutation", TRAINER_MUTATIONS.values(), ids=TRAINER_MUTATIONS)
+def test_the_check_sees_what_is_broken_for_the_trainer(mutation: Callable[[list[Object]], Any]) -> None:
+    objects = kustomize(K8S / "overlays/trainjob")
+    assert faults(objects) == []
+    mutation(objects)
+    assert faults(objects)
+
+
 def test_the_check_sees_broken_sets(applied: list[Object]) -> None:
     assert faults([*applied[1:], applied[0]]), "the namespace last"
     assert faults([*applied, applied[-1]]), "the job twice"
@@ -249,7 +309,12 @@ def kustomize(overlay: Path) -> list[Object]:
         matching = [each for each in objects if each["kind"] == patch["target"]["kind"]]
         assert matching, f"{overlay}: no {patch['target']}"
         for each in matching:
-            for operation in yaml.safe_load(patch["patch"]):
+            operations = yaml.safe_load(patch["patch"])
+            if isinstance(operations, dict):
+                assert operations.pop("$patch") == "delete"
+                objects.remove(each)
+                continue
+            for operation in operations:
                 apply_operation(each, operation)
     return objects
 

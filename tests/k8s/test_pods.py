@@ -20,6 +20,7 @@ import pytest
 from launch import k8s
 from launch.cluster import Attempts, membership, pod_exit_code
 from launch.description import torchrun_options
+from launch.local import cores
 from shards.format import BadInputError
 
 STANDIN = Path(__file__).with_name("standin_phi3v.py")
@@ -173,6 +174,22 @@ def test_places_come_from_the_operator_or_from_slurm() -> None:
         {**operator, "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "run-master-0", "POD_IP": "10.0.0.5"}
     )
     assert first.host == "10.0.0.5" and first.run_id == "run"
+    trainer = {
+        "PET_NNODES": "2",
+        "PET_NPROC_PER_NODE": "4",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "run-node-0-0.run",
+        "PET_MASTER_PORT": "29400",
+        "PHI3V_RUN_ID": "run",
+    }
+    second = membership(trainer)
+    assert (second.nodes, second.node_rank, second.processes) == (2, 1, 4)
+    assert "run-node-0-0.run:29400" in torchrun_options(second)
+    assert membership({**trainer, "PET_NPROC_PER_NODE": "cpu"}).processes == cores()
+    with pytest.raises(BadInputError, match="no GPU"):
+        membership({**trainer, "PET_NPROC_PER_NODE": "gpu", "CUDA_VISIBLE_DEVICES": ""})
+    with pytest.raises(BadInputError, match="PET_NPROC_PER_NODE='0'"):
+        membership({**trainer, "PET_NPROC_PER_NODE": "0"})
     slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_GPUS_ON_NODE": "8"}
     task = membership({**slurm, "PHI3V_HEAD": "127.0.0.1", "SLURM_RESTART_COUNT": "3"})
     assert (task.nodes, task.node_rank, task.processes, task.run_id) == (2, 1, 8, "12.3")
