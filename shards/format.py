@@ -21,6 +21,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 FORMAT_VERSION = 1
 DATASET_JSON = "dataset.json"
@@ -93,6 +94,9 @@ class DatasetInfo:
     fingerprint: str
 
 
+_INFO = TypeAdapter(DatasetInfo)
+
+
 def dataset_info_json(info: DatasetInfo) -> bytes:
     """The bytes of `dataset.json` for `info`, deterministic."""
     return (json.dumps(asdict(info), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -118,20 +122,30 @@ def read_dataset_info(root: str) -> DatasetInfo:
             f"{root}: no {DATASET_JSON}, so the dataset is incomplete; run its `phi3v shards build` command "
             "again (or `phi3v shards index` for tars from elsewhere)"
         )
+    data = bytes(fs.cat_file(name))
     try:
-        fields = json.loads(fs.cat_file(name))
-        version = fields["format_version"]
-        if version != FORMAT_VERSION:
-            raise BadInputError(
-                f"{name}: format version {version}, this program reads version {FORMAT_VERSION}; "
-                "rebuild the shards"
-            )
-        fields["shards"] = tuple(ShardInfo(**shard) for shard in fields["shards"])
-        return DatasetInfo(**fields)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        version = json.loads(data)["format_version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadInputError(
             f"{name}: not a dataset.json of this format ({error!r}); rebuild the shards"
         ) from error
+    if version != FORMAT_VERSION:
+        raise BadInputError(
+            f"{name}: format version {version!r}, this program reads version {FORMAT_VERSION}; "
+            "rebuild the shards"
+        )
+    try:
+        info = _INFO.validate_json(data, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"])) or "the whole"
+        raise BadInputError(
+            f"{name}: not a dataset.json of this format ({place}: {fault['msg']}); rebuild the shards"
+        ) from error
+    for shard in info.shards:
+        if "/" in shard.name or shard.name.startswith("."):
+            raise BadInputError(f"{name}: {shard.name!r} is no name of a shard; rebuild the shards")
+    return info
 
 
 def read_index(root: str, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:

@@ -58,7 +58,14 @@ def test_the_catalogue_is_served_until_interrupted(tmp_path: Path) -> None:
     code = "from launch.cli_shards import app; app()"
     command = [sys.executable, "-c", code, "sample", "--rows", "2", "--out", str(tmp_path), "--serve"]
     environment = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     process.stdout.readline()
     url = process.stdout.readline().split(" at ")[1].split()[0]
