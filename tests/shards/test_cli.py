@@ -67,11 +67,14 @@ def test_the_catalogue_is_served_until_interrupted(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
-    process.stdout.readline()
-    url = process.stdout.readline().split(" at ")[1].split()[0]
-    assert urllib.request.urlopen(f"{url}/products.csv").read().startswith(b"product_code,")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+    try:
+        process.stdout.readline()
+        url = process.stdout.readline().split(" at ")[1].split()[0]
+        assert urllib.request.urlopen(f"{url}/products.csv").read().startswith(b"product_code,")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
     process.stdout.close()
 
 
