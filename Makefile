@@ -1,5 +1,6 @@
 # make demo   from nothing to a fine-tuned, exported tiny model      make check  lint, format, types, shell scripts
-# make test   the tests                                              make clean  removes what make made
+# make test   the tests                                              make docs   the documentation, strictly
+# make clean  removes what make made
 # PYTHON: the interpreter of a new venv.  PIP_ARGS: extra arguments for pip, such as the index of CPU or CUDA wheels.
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ PYTEST_ARGS ?=
 # Test processes: one more than cores, because those of Slurm and of several ranks often wait.
 WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(READY)
 	$(BIN)/phi3v demo
@@ -24,6 +25,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $$(git ls-files '*.sh') .ci/run
+
+docs: $(READY)
+	$(BIN)/python -m launch.reference docs/config.md
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
