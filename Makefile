@@ -1,6 +1,6 @@
 # make demo   from nothing to a fine-tuned, exported tiny model      make check  lint, format, types, shell scripts
 # make test   the tests                                              make docs   the documentation, strictly
-# make clean  removes what make made
+# make bench  the benchmarks, one table                              make clean  removes what make made
 # PYTHON: the interpreter of a new venv.  PIP_ARGS: extra arguments for pip, such as the index of CPU or CUDA wheels.
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 # Test processes: one more than cores, because those of Slurm and of several ranks often wait.
 WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs bench clean
 
 demo: $(READY)
 	$(BIN)/phi3v demo
@@ -29,6 +29,9 @@ check: $(READY)
 docs: $(READY)
 	$(BIN)/python -m launch.reference docs/config.md
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,96 @@
+"""Runs the benchmarks one after the other, and writes the table of docs/benchmarks from what they found.
+
+    python benchmarks/run.py [NAME ...]        (make bench)
+    python benchmarks/run.py --table           only writes the table anew
+
+In: the scripts named in SCRIPTS. Out: docs/benchmarks/NAME.json and docs/benchmarks/README.md. A script that fails
+or misses its bar makes the exit status 1; the others still run. Those of a GPU (gpu.py) and of hours (chaos.py
+with many kills) are run by hand; their results are in the table if their JSON is there.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from shards.atomic import write_atomically
+
+RESULTS = ROOT / "docs/benchmarks"
+# Script -> arguments, and the seconds after which it is taken to hang.
+SCRIPTS: dict[str, tuple[list[str], int]] = {
+    "image_processor": ([], 300),
+    "loss_head": ([], 300),
+    "packing": ([], 300),
+}
+
+
+def run(name: str) -> bool:
+    """Runs one; whether it ended with 0."""
+    arguments, limit = SCRIPTS[name]
+    target = RESULTS / f"{name}.json"
+    command = [sys.executable, f"benchmarks/{name}.py", *arguments, "--json", str(target)]
+    print(f"== {name}", flush=True)
+    began = time.monotonic()
+    try:
+        code = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{name}: stopped after {limit} s", file=sys.stderr)
+        return False
+    print(f"== {name}: exit status {code}, {time.monotonic() - began:.0f} s", flush=True)
+    return code == 0
+
+
+def table() -> str:
+    """docs/benchmarks/README.md from the JSON files there."""
+    lines = [
+        "# Measured",
+        "",
+        "Made by `make bench`. Each line compares two ways of doing one thing in one run on one machine, so only the ratio",
+        "is shown; the JSON files beside this page have the times. A bar is what the project demands of itself.",
+        "",
+        "| what | against | ratio | bar | |",
+        "|---|---|---|---|---|",
+    ]
+    sources = []
+    for file in sorted(RESULTS.glob("*.json")):
+        content = json.loads(file.read_text())
+        if "comparisons" not in content:
+            continue
+        for each in content["comparisons"]:
+            verdict = {True: "met", False: "**missed**", None: ""}[each["met"]]
+            lines.append(
+                f"| {each['what']} | {each['peer']} | {each['ratio']:.3g} | {each['bar']} | {verdict} |"
+            )
+        machine = content["machine"]
+        sources.append(
+            f"- [{file.name}]({file.name}): `{content['command']}`, {content['date']}, {machine['processor']}, "
+            f"{machine['memory']}, load {machine['load']}, torch {machine['torch']}"
+        )
+    return "\n".join([*lines, "", "Commands, dates and machines:", "", *sources, ""])
+
+
+def main() -> int:
+    """Runs what is named, or all; the exit status."""
+    parser = argparse.ArgumentParser(description="all benchmarks, one table")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(SCRIPTS)}; all if none is given"
+    )
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in SCRIPTS]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(SCRIPTS)}")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    failed = [] if options.table else [name for name in options.names or SCRIPTS if not run(name)]
+    write_atomically(RESULTS / "README.md", table().encode())
+    if failed:
+        print(f"failed or below a bar: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
