@@ -3,8 +3,8 @@
     python benchmarks/packing.py [--samples 96] [--json PATH]
 
 The same model (configs/tiny.yaml), the same drawn products, forward and backward on one process in plain
-torch. A useful token belongs to a document; padding is none. Both compute the loss on the answers alone, which
-the seed does not. One thread; rounds alternate; medians.
+torch. A useful token belongs to a document; padding is none. Both compute the loss on the answers alone,
+which the seed does not. One thread; rounds alternate; medians.
 """
 
 import argparse

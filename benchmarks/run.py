@@ -3,9 +3,9 @@
     python benchmarks/run.py [NAME ...]        (make bench)
     python benchmarks/run.py --table           only writes the table anew
 
-In: the scripts named in SCRIPTS. Out: docs/benchmarks/NAME.json and docs/benchmarks/README.md. A script that fails
-or misses its bar makes the exit status 1; the others still run. Those of a GPU (gpu.py) and of hours (chaos.py
-with many kills) are run by hand; their results are in the table if their JSON is there.
+In: the scripts named in SCRIPTS. Out: docs/benchmarks/NAME.json and docs/benchmarks/README.md. A script that
+fails or misses its bar makes the exit status 1; the others still run. Those of a GPU (gpu.py) and of hours
+(chaos.py with many kills) are run by hand; their results are in the table if their JSON is there.
 """
 
 import argparse
@@ -50,8 +50,9 @@ def table() -> str:
     lines = [
         "# Measured",
         "",
-        "Made by `make bench`. Each line compares two ways of doing one thing in one run on one machine, so only the ratio",
-        "is shown; the JSON files beside this page have the times. A bar is what the project demands of itself.",
+        "Made by `make bench`. Each line compares two ways of doing one thing in one run on one machine, so",
+        "only the ratio is shown; the JSON files beside this page have the times. A bar is what the project",
+        "demands of itself.",
         "",
         "| what | against | ratio | bar | |",
         "|---|---|---|---|---|",
@@ -66,10 +67,10 @@ def table() -> str:
             lines.append(
                 f"| {each['what']} | {each['peer']} | {each['ratio']:.3g} | {each['bar']} | {verdict} |"
             )
-        machine = content["machine"]
+        where = content["machine"]
         sources.append(
-            f"- [{file.name}]({file.name}): `{content['command']}`, {content['date']}, {machine['processor']}, "
-            f"{machine['memory']}, load {machine['load']}, torch {machine['torch']}"
+            f"- [{file.name}]({file.name}): `{content['command']}`, {content['date']}, {where['processor']}, "
+            f"{where['memory']}, load {where['load']}, torch {where['torch']}"
         )
     return "\n".join([*lines, "", "Commands, dates and machines:", "", *sources, ""])
 
