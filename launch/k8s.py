@@ -22,6 +22,7 @@ from launch.description import GRACE_S, POD_GRACE_S, JobDescription, job_name
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DIVERGED, USAGE
 from shards.format import BadInputError
+from shards.shipped import shipped
 
 NAMESPACE = "phi3v"
 IMAGE = "registry.example.com/phi3v-dist:0.1.0"
@@ -323,7 +324,7 @@ def launch_k8s(
     Raises BadInputError: config or sizes not usable, no kubectl, kubectl refused.
     """
     job = describe(config_path, overrides, nodes, gpus_per_node, image)
-    texts = render(manifests(job, Path(config_path).read_text(), options))
+    texts = render(manifests(job, shipped(Path(config_path)).read_text(), options))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from yaml import YAMLError
 
 from shards.format import BadInputError
+from shards.shipped import shipped
 
 Group = Literal["vision", "projector", "decoder"]
 
@@ -177,7 +178,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises BadInputError, one line that names the key: no such file, not YAML, unknown key (with the nearest
     valid one), wrong type or value, an environment variable that is not set.
     """
-    file = Path(path)
+    file = shipped(Path(path))
     if not file.is_file():
         raise BadInputError(f"{path}: no such config file; the recipes are in configs/")
     for override in overrides:

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from shards.format import BadInputError
 from shards.options import BuildOptions
+from shards.shipped import SHIPPED, shipped
 
 _FOLDER = Path("configs/shards")
 
@@ -61,8 +62,10 @@ def load_recipe(recipe: str | None, given: dict[str, Any]) -> tuple[str | None, 
 
 def _find(recipe: str) -> Path:
     beside = Path(__file__).resolve().parent.parent / _FOLDER
-    for path in (Path(recipe), _FOLDER / f"{recipe}.yaml", beside / f"{recipe}.yaml"):
+    named = shipped(_FOLDER / f"{recipe}.yaml")
+    for path in (Path(recipe), named, beside / f"{recipe}.yaml"):
         if path.is_file():
             return path
-    known = sorted({path.stem for folder in (_FOLDER, beside) for path in folder.glob("*.yaml")})
+    folders = (_FOLDER, beside, SHIPPED / _FOLDER)
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise BadInputError(f"{recipe}: no such recipe; give a YAML file or one of: {', '.join(known) or 'none'}")
