@@ -3,7 +3,9 @@ needs system packages skips where they are missing, and fails instead of skippin
 says that they were installed (.ci/run).
 """
 
+import logging
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +70,40 @@ def tiny_config(products: Path, tmp_path: Path) -> Path:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The endpoint of an S3 server on loopback (moto)."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket, as a URL: s3://NAME. Keys and endpoint are in the environment, so that processes
+    that a test starts reach it too; no network but loopback."""
+    import fsspec
+
+    environment = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    filesystem.mkdir(bucket)
+    yield f"s3://{bucket}"
+    filesystem.rm(bucket, recursive=True)
+    type(filesystem).clear_instance_cache()
