@@ -31,7 +31,7 @@ from launch.description import (
 )
 from launch.local import cores, visible_gpus
 from launch.node import NodeResult, run_node
-from launch.stage import stage_dataset
+from launch.stage import stage_overrides
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE
 from shards.atomic import write_atomically
@@ -56,7 +56,7 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
     grace_s = float(environment.get("PHI3V_GRACE_S", GRACE_S))
     in_pod = "PET_NPROC_PER_NODE" in environment
     if stage_dir := environment.get("PHI3V_STAGE_DIR"):
-        overrides = [*overrides, f"data.path={stage_dataset(config.data.path, Path(stage_dir))}"]
+        overrides = [*overrides, *stage_overrides(config.data, Path(stage_dir))]
     command = rank_command(config_path, overrides)
     attempts = Attempts(config.run_dir, member.node_rank)
     told: list[int] = []

@@ -26,7 +26,7 @@ from launch.local import launch_local
 from phi3v_dist.config import RunConfig, load_config
 from phi3v_dist.exits import DONE
 from shards.atomic import write_atomically
-from shards.format import read_index
+from shards.format import BadInputError, read_index
 
 SUMMARY = "summary.json"
 _SECONDS = "demo-seconds.json"
@@ -40,6 +40,8 @@ def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
     beside it. Raises BadInputError for a config that cannot be used.
     """
     config = load_config(config_path, overrides)
+    if config.data.path is None:
+        raise BadInputError(f"{config_path}: the demo makes one dataset; set data.path, not data.sources")
     run_dir, dataset = config.run_dir, Path(config.data.path)
     catalogue, export = dataset.parent / "catalogue", run_dir / "export"
     made_with = {"config": config.model_dump(mode="json"), "rows": rows}

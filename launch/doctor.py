@@ -185,8 +185,12 @@ def run_directory(config: RunConfig) -> Iterator[Finding]:
 
 
 def dataset(config: RunConfig) -> Iterator[Finding]:
-    """The shards are complete and there, and have the splits that the config names."""
-    path = config.data.path
+    """The shards of all data sets are complete and there, and have the splits that the config names."""
+    for path in config.data.paths:
+        yield from _one_dataset(config, path)
+
+
+def _one_dataset(config: RunConfig, path: str) -> Iterator[Finding]:
     try:
         info = read_dataset_info(path)
     except BadInputError as error:

@@ -62,6 +62,8 @@ def describe(
     """
     mounted = [f"data.path={DATA_MOUNT}/shards", f"runs_dir={RUNS_MOUNT}"]
     named = {override.split("=", 1)[0] for override in overrides}
+    if "data.sources" in named:
+        named.add("data.path")
     mounted = [override for override in mounted if override.split("=", 1)[0] not in named]
     config = load_config(config_path, [*mounted, *overrides])
     return JobDescription(

@@ -6,15 +6,28 @@ node and for every start, because it is named after the dataset's fingerprint. C
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 
+from phi3v_dist.config import DataConfig
 from shards.format import DATASET_JSON, INDEX_DIR, BadInputError, read_dataset_info
 
 COPIES_AT_ONCE = 8
+
+
+def stage_overrides(data: DataConfig, directory: Path) -> list[str]:
+    """Stages every data set of a config; returns the overrides that make a run use the copies."""
+    if data.path is not None:
+        return [f"data.path={stage_dataset(data.path, directory)}"]
+    staged = [
+        {**source.model_dump(exclude_none=True), "path": str(stage_dataset(source.path, directory))}
+        for source in data.sources or []
+    ]
+    return [f"data.sources={json.dumps(staged)}"]
 
 
 def stage_dataset(source: str, directory: Path) -> Path:

@@ -43,10 +43,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. step: optimizer steps done; rows: packed rows consumed by them."""
+    """How far a run is. step: optimizer steps done; rows: packed rows of the plan consumed by them, all that
+    is needed to go on.
+    """
 
     step: int = 0
     rows: int = 0
+    samples: int = 0
     tokens: int = 0
     images: int = 0
     bad_samples: int = 0

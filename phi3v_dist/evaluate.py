@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
@@ -24,7 +23,8 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import RowMaker
 from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.data.reader import SampleReader
-from phi3v_dist.data.tokens import sample_costs
+from phi3v_dist.data.samples import read_samples
+from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.metrics import Scores, constant_answer, parse_product, score
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.origin import Origin
@@ -49,20 +49,21 @@ class Question:
     pictures: tuple[Image.Image, ...]
 
 
-def read_questions(root: str, records: Sequence[dict[str, Any]]) -> list[Question]:
-    """The samples of `records` (rows of the index of the dataset in `root`) with their pictures.
+def read_questions(roots: str | Sequence[str], records: Sequence[dict[str, Any]]) -> list[Question]:
+    """The samples of `records` (rows of the index of the dataset in `roots`, or of several) with their
+    pictures.
 
     Raises BadInputError naming a sample whose picture cannot be read: leaving it out would flatter the
     scores.
     """
-    reader = SampleReader(root)
+    reader = SampleReader(roots)
     questions = []
     try:
         for record in records:
             try:
                 pictures = tuple(decode_image(data) for data in reader.images(record))
             except BadInputError as error:
-                raise BadInputError(f"{root}: sample {record['key']!r}: {error}") from error
+                raise BadInputError(f"{record['shard']}: sample {record['key']!r}: {error}") from error
             *before, reply = record["messages"]
             prompt = render(before, add_generation_prompt=True)
             questions.append(Question(record["key"], prompt, reply["content"], pictures))
@@ -222,18 +223,17 @@ class Validation:
         self._config, self._origin, self._engine, self._mesh = config, origin, engine, mesh
         self._copy: Any = None
         data = config.data
-        index = read_index(data.path, None, [*_COLUMNS, "split"])
-        chosen = np.flatnonzero(np.array(index["split"].to_pylist(), dtype=object) == data.val_split)
-        self._index = index.take(pa.array(chosen[_spread(len(chosen), config.eval.loss_samples)]))
+        samples = read_samples(data.paths, data.val_split, may_lack=True)
+        self._samples = samples.take(_spread(len(samples), config.eval.loss_samples))
         tile = origin.model_config.tile
-        costs = sample_costs(self._index, origin.tokenizer, data.num_crops, tile)
+        costs = sample_costs(self._samples, Counter(origin.tokenizer, data.num_crops, tile))
         self._plan = (
             Plan(costs, data.seq_len, 0, mesh.dp_size, shuffle=False, over_long="drop")
             if len(costs)
             else None
         )
         self._maker = RowMaker(
-            data.path, self._index, origin.tokenizer, data.num_crops, tile, origin.tokenizer.pad_token_id
+            self._samples, origin.tokenizer, data.num_crops, tile, origin.tokenizer.pad_token_id
         )
         self._processor = Phi3VProcessor(tokenizer=origin.tokenizer, num_crops=data.num_crops, tile=tile)
 
@@ -259,13 +259,13 @@ class Validation:
             plan.steps_of(1),
             end_row,
         )
-        reader = SampleReader(self._config.data.path)
+        reader = self._maker.reader()
         nll = targets = 0.0
         self._engine.eval()
         try:
             with torch.no_grad():
-                for number in range(len(mine)):
-                    row = self._maker.load(mine[number], reader).row
+                for micro in mine:
+                    row = self._maker.load(micro, reader).row
                     nll += float(self._engine(row=row.to(self._mesh.device)))
                     targets += row.num_targets
         finally:
@@ -275,8 +275,8 @@ class Validation:
         return nll / max(1.0, targets)
 
     def _answers(self) -> list[dict[str, Any]]:
-        records = self._index.slice(0, self._config.eval.generate_samples).to_pylist()
-        questions = read_questions(self._config.data.path, records)
+        first = range(min(len(self._samples), self._config.eval.generate_samples))
+        questions = read_questions(self._config.data.paths, list(self._samples.records(first)))
         mine = questions[self._mesh.dp_rank :: self._mesh.dp_size]
         model = self._gather()
         evaluation = self._config.eval

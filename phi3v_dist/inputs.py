@@ -21,10 +21,11 @@ def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
 
 def check_inputs(config: RunConfig) -> None:
     """Raises BadInputError if the dataset is incomplete or has no train split, or a model file is missing."""
-    info = read_dataset_info(config.data.path)
-    if not info.splits.get(config.data.train_split):
-        known = ", ".join(sorted(info.splits))
-        raise BadInputError(f"{config.data.path}: no split {config.data.train_split!r}; it has: {known}")
+    for path in config.data.paths:
+        info = read_dataset_info(path)
+        if not info.splits.get(config.data.train_split):
+            known = ", ".join(sorted(info.splits))
+            raise BadInputError(f"{path}: no split {config.data.train_split!r}; it has: {known}")
     wanted = []
     if config.model.path is not None:
         wanted.append((config.model.path, "config.json"))

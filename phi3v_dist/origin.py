@@ -89,8 +89,8 @@ def tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:
         return Path(config.model.path)
     made = run_dir / TOKENIZER
     if not (made / "tokenizer_config.json").exists():
-        index = read_index(config.data.path, config.data.train_split, ["messages"])
-        texts = (m["content"] for messages in index["messages"].to_pylist() for m in messages)
+        indices = [read_index(path, config.data.train_split, ["messages"]) for path in config.data.paths]
+        texts = (m["content"] for i in indices for messages in i["messages"].to_pylist() for m in messages)
         vocab_size = int((config.model.config or {}).get("vocab_size", 1024))
         train_tokenizer(texts, made, vocab_size)
     return made

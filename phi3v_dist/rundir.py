@@ -19,6 +19,7 @@ from shards.format import BadInputError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+DATA = "plan"  # the plan and what it is made from; made again where it is missing
 
 # What may change between one start of a run and the next; anything else would make it another run.
 # data.path may: shards are staged to node-local disks, and the fingerprint guards their content.
@@ -31,6 +32,7 @@ _MAY_CHANGE = (
     "data.path",
     "data.workers",
     "data.prefetch",
+    "data.cache_",
 )
 _MAY_CHANGE_ALOUD = ("train.steps", "train.epochs", "model.gradient_checkpointing", "model.vision_chunk",
                      "data.max_bad_fraction", "data.val_split")  # fmt: skip
@@ -59,6 +61,8 @@ def open_run_dir(config: RunConfig, data_fingerprint: str) -> Path | None:
 
 def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before: dict[str, Any]) -> None:
     changed = changed_keys(before["config"], config.model_dump(mode="json"))
+    if "data.sources" in changed and _weights(before["config"]) == _weights(config.model_dump(mode="json")):
+        changed.remove("data.sources")  # as for data.path
     refused = [key for key in changed if not key.startswith((*_MAY_CHANGE, *_MAY_CHANGE_ALOUD))]
     if refused:
         old = OmegaConf.select(OmegaConf.create(before["config"]), refused[0])
@@ -69,12 +73,17 @@ def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before:
         )
     if before["data_fingerprint"] != data_fingerprint:
         raise BadInputError(
-            f"{run_dir}: was trained on other data than {config.data.path} holds now; "
+            f"{run_dir}: was trained on other data than {', '.join(config.data.paths)} holds now; "
             "restore the data, or choose another name for the new run"
         )
     for key in changed:
         if key.startswith(_MAY_CHANGE_ALOUD):
             _log.warning("%s: goes on with another %s", run_dir, key)
+
+
+def _weights(config: dict[str, Any]) -> list[float | None] | None:
+    sources = config["data"].get("sources")
+    return None if sources is None else [source["weight"] for source in sources]
 
 
 def log_to_files(run_dir: Path, rank: int) -> None:

@@ -15,7 +15,7 @@ import logging
 import math
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -26,9 +26,10 @@ import torch
 from phi3v_dist import __version__, checkpoint
 from phi3v_dist.checkpoint import ModelCard, Progress
 from phi3v_dist.config import RunConfig
-from phi3v_dist.data.loader import LoadedRow, RowMaker, load_rows
-from phi3v_dist.data.plan import Plan, RankRows
-from phi3v_dist.data.tokens import sample_costs
+from phi3v_dist.data.loader import LoadedRow, RowCounts, load_rows
+from phi3v_dist.data.plan import RankRows, StepRows
+from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
+from phi3v_dist.data.quarantine import Quarantine
 from phi3v_dist.evaluate import Validation
 from phi3v_dist.exits import DivergedError, PreemptedError
 from phi3v_dist.model.hub import build_model, load_weights
@@ -36,9 +37,9 @@ from phi3v_dist.optim import freeze, learning_rate, parameter_groups, set_learni
 from phi3v_dist.origin import Origin, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
-from phi3v_dist.rundir import CHECKPOINTS, open_run_dir
+from phi3v_dist.rundir import CHECKPOINTS, DATA, open_run_dir
 from phi3v_dist.track import Tracker
-from shards.format import BadInputError, read_dataset_info, read_index
+from shards.format import BadInputError
 
 _log = logging.getLogger(__name__)
 
@@ -51,21 +52,22 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
     """
     stop = StopSignal()
     run_dir = config.run_dir
-    fingerprint = mesh.on_main(lambda: read_dataset_info(config.data.path).fingerprint)
+    fingerprint = mesh.on_main(lambda: data_fingerprint(config))
     resume = mesh.on_main(lambda: open_run_dir(config, fingerprint))
 
     origin = prepare_origin(config, run_dir, mesh)
-    plan, maker = _plan_rows(config, origin, run_dir, mesh)
     accumulation = _accumulation(config, mesh)
-    steps = config.train.steps or plan.steps_of(config.train.epochs or 0)
+    data = _prepare_data(config, origin, run_dir, mesh)
+    plan = data.plan
     end_row = plan.end_row(config.train.epochs) if config.train.epochs else None
-    if resume is not None and checkpoint.read_meta(resume)["progress"]["step"] >= steps:
-        _log.info("%s: already finished at step %d; nothing to do", run_dir, steps)
-        return Progress(**checkpoint.read_meta(resume)["progress"])
+    progress = Progress() if resume is None else Progress(**checkpoint.read_meta(resume)["progress"])
+    steps = config.train.steps or progress.step + plan.steps_between(progress.rows, end_row or 0)
+    if resume is not None and progress.step >= steps:
+        _log.info("%s: already finished at step %d; nothing to do", run_dir, progress.step)
+        return progress
 
     prepare_deepspeed(mesh)
     engine = _make_engine(config, origin, accumulation)
-    progress = Progress()
     if resume is not None:
         progress = checkpoint.load(engine, resume, mesh)
         _log.info("going on from %s", resume)
@@ -81,27 +83,37 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         100 * plan.fill(0), 100 * partitioned_fraction(engine, mesh),
     )  # fmt: skip
     rows = load_rows(
-        maker,
-        RankRows(plan, mesh.dp_rank, mesh.dp_size, config.model.vision_chunk, progress.step, steps, end_row),
+        data.maker,
+        RankRows(
+            plan,
+            mesh.dp_rank,
+            mesh.dp_size,
+            config.model.vision_chunk,
+            progress.rows,
+            steps - progress.step,
+            end_row,
+        ),
         config.data.workers,
         config.data.prefetch,
         config.parallel.timeout_s,
+        pin=mesh.device.type == "cuda",
+        seed=config.seed,
     )
+    quarantine = Quarantine(config.data.max_bad_fraction, plan.epoch_samples, run_dir)
     window = Window()
     exit_code = 1
     try:
         while progress.step < steps:
-            step_rows = plan.step(progress.step, end_row)
+            step_rows = plan.step(progress.rows, end_row)
             rate = learning_rate(progress.step, steps, config.train)
             torch.manual_seed(config.seed + 1_000_003 * progress.step + mesh.rank)  # dropout, if there is any
             progress, stopping = _step(
-                engine, rows, accumulation, step_rows.targets, rate, progress, stop, window, mesh
+                engine, rows, accumulation, step_rows, rate, progress, stop, window, quarantine, mesh
             )
-            _check_data(config, progress)
             done = progress.step == steps
 
             if done or progress.step % config.track.log_every == 0:
-                metrics = window.metrics(engine, rate, step_rows.epoch, progress, mesh)
+                metrics = window.metrics(engine, rate, step_rows.epoch, progress, config.data.seq_len, mesh)
                 _log.info(_line(progress.step, steps, metrics))
                 if tracker is not None:
                     tracker.log(progress.step, metrics)
@@ -135,6 +147,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         exit_code = 0
         return progress
     finally:
+        rows.close()
         if tracker is not None:
             tracker.close(exit_code)
         del validation
@@ -147,40 +160,42 @@ def _step(
     engine: Any,
     rows: Any,
     accumulation: int,
-    targets: int,
+    step_rows: StepRows,
     rate: float,
     progress: Progress,
     stop: StopSignal,
     window: Window,
+    quarantine: Quarantine,
     mesh: Mesh,
 ) -> tuple[Progress, bool]:
     """One optimizer step. Returns the progress after it, and whether any rank has been told to stop."""
     began = time.perf_counter()
     # DeepSpeed divides gradients by ranks and micro-steps; so they become those of the mean over all targets.
-    scale = mesh.dp_size * accumulation / max(1, targets)
+    scale = mesh.dp_size * accumulation / max(1, step_rows.targets)
     nll = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    tokens = images = 0
+    counts = RowCounts()
     bad: list[str] = []
     waited = 0.0
     for micro in range(accumulation):
         asked = time.perf_counter()
         loaded: LoadedRow = next(rows)
         waited += time.perf_counter() - asked
-        tokens, images = tokens + loaded.tokens, images + loaded.pictures
+        counts += RowCounts.of(loaded)
         bad += loaded.bad
-        loss = engine(row=loaded.row.to(mesh.device))
+        loss = engine(row=loaded.row.to(mesh.device, non_blocking=True))
         nll += loss.detach()
         engine.backward(loss * scale)
         if micro < accumulation - 1:
             engine.step()
-    for reason in bad:
-        _log.warning("step %d: sample left out: %s", progress.step, reason)
+    quarantine.note(progress.step, bad)
 
     # One small all-reduce a step: the loss, the counts, and whether anybody has been told to stop.
-    sums = mesh.sum([float(nll), tokens, images, len(bad), float(stop.asked)])
-    if not math.isfinite(sums[0]):
+    total_nll, stopping, *summed = mesh.sum([float(nll), float(stop.asked), *astuple(counts)])
+    counts = RowCounts(*map(int, summed))
+    quarantine.check(progress.bad_samples + counts.bad, progress.samples + counts.samples, mesh)
+    if not math.isfinite(total_nll):
         raise DivergedError(
-            f"step {progress.step}: the loss is {sums[0]}; the last checkpoint is good; lower train.lr or "
+            f"step {progress.step}: the loss is {total_nll}; the last checkpoint is good; lower train.lr or "
             "look at the rows of this step"
         )
     set_learning_rate(engine.optimizer.param_groups, rate)
@@ -193,13 +208,15 @@ def _step(
     progress = replace(
         progress,
         step=progress.step + 1,
-        rows=progress.rows + accumulation * mesh.dp_size,
-        tokens=progress.tokens + int(sums[1]),
-        images=progress.images + int(sums[2]),
-        bad_samples=progress.bad_samples + int(sums[3]),
+        rows=progress.rows + step_rows.taken,
+        samples=progress.samples + counts.samples,
+        tokens=progress.tokens + counts.tokens,
+        images=progress.images + counts.pictures,
+        bad_samples=progress.bad_samples + counts.bad,
     )
-    window.add(sums[0], targets, int(sums[1]), norm, waited, time.perf_counter() - began)
-    return progress, sums[4] > 0
+    targets = step_rows.targets - counts.masked
+    window.add(total_nll, targets, counts, step_rows.taken, norm, waited, time.perf_counter() - began)
+    return progress, stopping > 0
 
 
 class StopSignal:
@@ -222,7 +239,8 @@ class Window:
 
     nll: float = 0.0
     targets: int = 0
-    tokens: int = 0
+    counts: RowCounts = RowCounts()
+    rows: int = 0
     steps: int = 0
     grad_norm: float = 0.0
     waited: float = 0.0
@@ -230,9 +248,17 @@ class Window:
     excluded: float = 0.0
 
     def add(
-        self, nll: float, targets: int, tokens: int, grad_norm: float, waited: float, busy: float
+        self,
+        nll: float,
+        targets: int,
+        counts: RowCounts,
+        rows: int,
+        grad_norm: float,
+        waited: float,
+        busy: float,
     ) -> None:
-        self.nll, self.targets, self.tokens = self.nll + nll, self.targets + targets, self.tokens + tokens
+        self.nll, self.targets = self.nll + nll, self.targets + targets
+        self.counts, self.rows = self.counts + counts, self.rows + rows
         self.steps, self.grad_norm = self.steps + 1, grad_norm
         self.waited, self.busy = self.waited + waited, self.busy + busy
 
@@ -241,10 +267,10 @@ class Window:
         self.excluded += seconds
 
     def metrics(
-        self, engine: Any, rate: float, epoch: int, progress: Progress, mesh: Mesh
+        self, engine: Any, rate: float, epoch: int, progress: Progress, seq_len: int, mesh: Mesh
     ) -> dict[str, float | int | None]:
         """The metrics of these steps; grad_norm of the last one."""
-        speed = self.tokens / self.busy
+        speed = self.counts.tokens / self.busy
         metrics: dict[str, float | int | None] = {
             "train/loss": self.nll / max(1, self.targets),
             "train/learning_rate": rate,
@@ -256,6 +282,7 @@ class Window:
             "perf/tokens_per_second_per_gpu": speed / mesh.size,
             "time/step": self.busy / self.steps,
             "time/data_wait": self.waited / self.steps,
+            **self.counts.metrics(self.rows, seq_len),
             "data/bad_samples": progress.bad_samples,
         }
         if mesh.device.type == "cuda":
@@ -272,27 +299,24 @@ def _line(step: int, steps: int, metrics: dict[str, float | int | None]) -> str:
     )
 
 
-def _plan_rows(config: RunConfig, origin: Origin, run_dir: Path, mesh: Mesh) -> tuple[Plan, RowMaker]:
-    tokenizer, tile = origin.tokenizer, origin.model_config.tile
-    index = read_index(config.data.path, config.data.train_split, ["key", "shard", "images", "messages"])
-    if not index.num_rows:
-        raise BadInputError(f"{config.data.path}: the split {config.data.train_split!r} is empty")
-    costs = mesh.on_main(lambda: sample_costs(index, tokenizer, config.data.num_crops, tile, run_dir))
-    plan = Plan(
-        costs,
-        config.data.seq_len,
-        config.seed,
-        config.train.global_batch,
-        config.data.shuffle,
-        config.data.packing,
-        config.data.over_long,
-    )
-    if plan.dropped:
-        _log.warning("%d samples are longer than data.seq_len and are left out", plan.dropped)
-    maker = RowMaker(
-        config.data.path, index, tokenizer, config.data.num_crops, tile, origin.tokenizer.pad_token_id
-    )
-    return plan, maker
+def _prepare_data(config: RunConfig, origin: Origin, run_dir: Path, mesh: Mesh) -> PreparedData:
+    """Made by the main rank, for as many epochs as the run has; the others find its files."""
+
+    def prepare(writer: bool) -> PreparedData:
+        return prepare_data(config, origin.tokenizer, origin.model_config.tile, run_dir / DATA, writer)
+
+    def make() -> None:
+        data = prepare(writer=True)
+        rows = (config.train.steps or 0) * config.train.global_batch
+        data.plan.plan_ahead(data.plan.end_row(config.train.epochs) if config.train.epochs else rows)
+        if data.truncated or data.plan.dropped:
+            _log.warning(
+                "of %d samples, %d lose pictures to fit into data.seq_len=%d and %d are left out",
+                len(data.plan.costs), data.truncated, config.data.seq_len, data.plan.dropped,
+            )  # fmt: skip
+
+    mesh.on_main(make)
+    return prepare(writer=mesh.is_main)
 
 
 def _accumulation(config: RunConfig, mesh: Mesh) -> int:
@@ -313,17 +337,6 @@ def _make_engine(config: RunConfig, origin: Origin, accumulation: int) -> Any:
         model.gradient_checkpointing_enable()
     freeze(model, config.model.freeze)
     return make_engine(model, parameter_groups(model, config.train), config, accumulation)
-
-
-def _check_data(config: RunConfig, progress: Progress) -> None:
-    """Raises DivergedError if more samples are unreadable than data.max_bad_fraction allows."""
-    allowed = max(10.0, config.data.max_bad_fraction * progress.images)
-    if progress.bad_samples > allowed:
-        raise DivergedError(
-            f"{progress.bad_samples} unreadable samples beside {progress.images} pictures seen, more than "
-            f"data.max_bad_fraction={config.data.max_bad_fraction:g}; they are listed in logs/rank-*.log; "
-            "run `phi3v shards verify` on the dataset"
-        )
 
 
 def _about(config: RunConfig, fingerprint: str, mesh: Mesh, engine: Any) -> dict[str, Any]:

@@ -55,6 +55,15 @@ def test_the_written_config_reads_back_equal(minimal: Path, tmp_path: Path) -> N
         ("name=../elsewhere", "name: string should match"),
         ("data.path=${oc.env:PHI3V_NOT_SET}", "PHI3V_NOT_SET"),
         ("data.path=null", "data.path: input should be a valid string"),
+        ("data.sources=[{path: b}]", "give either data.path (a dataset directory) or data.sources (several)"),
+        (
+            "data={path: null, sources: [{path: a, weight: 2}, {path: b}]}",
+            "data.sources: give every source a weight",
+        ),
+        (
+            "data.sources=[{path: a, wait: 2}]",
+            "unknown key data.sources.0.wait; did you mean data.sources.0.weight",
+        ),
         ("train", "not of the form key=value"),
     ],
 )

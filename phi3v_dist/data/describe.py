@@ -11,11 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from phi3v_dist.config import RunConfig
-from phi3v_dist.data.plan import Plan, rank_rows, row_cost
-from phi3v_dist.data.tokens import sample_costs
+from phi3v_dist.data.plan import Plan, deal_rows, row_cost
+from phi3v_dist.data.prepare import prepare_data
+from phi3v_dist.data.tokens import SampleCosts
 from phi3v_dist.origin import model_config_of, tokenizer_dir
 from phi3v_dist.processor.tokenizer import load_tokenizer
-from shards.format import BadInputError, read_index
+from shards.format import BadInputError
+
+LONGEST = 131_072  # positions that the published model was trained for
+_STEPS_SHOWN = 2000  # steps whose balance is worked out, evenly spread
+_BAR = 40  # characters of the longest bar of the histogram
 
 
 def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
@@ -23,45 +28,73 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
 
     Raises BadInputError for data or settings that training would refuse as well.
     """
-    if config.train.global_batch % dp_size:
+    data, batch = config.data, config.train.global_batch
+    if batch % dp_size:
         raise BadInputError(
-            f"train.global_batch={config.train.global_batch} rows cannot be shared by {dp_size} ranks; "
-            "make it a multiple"
+            f"train.global_batch={batch} rows cannot be shared by {dp_size} ranks; make it a multiple"
         )
     with tempfile.TemporaryDirectory() as scratch:  # a tokenizer that training would train is trained there
         tokenizer = load_tokenizer(tokenizer_dir(config, Path(scratch)))
-    tile = model_config_of(config).tile
-    index = read_index(config.data.path, config.data.train_split, ["key", "images", "messages"])
-    costs = sample_costs(index, tokenizer, config.data.num_crops, tile)
-    data = config.data
-    plan = Plan(
-        costs,
-        data.seq_len,
-        config.seed,
-        config.train.global_batch,
-        data.shuffle,
-        data.packing,
-        data.over_long,
-    )
-    epoch = plan.epoch(0)
-    steps = plan.steps_of(1)
-    imbalance = []
-    for number in range(steps):
-        step = plan.step(number)
-        ranks = [rank_rows(step, costs, rank, dp_size, config.model.vision_chunk) for rank in range(dp_size)]
-        work = [sum(row_cost(costs, micro.samples) for micro in rank) for rank in ranks]
-        imbalance.append(max(work) / (sum(work) / dp_size))
-    quantiles = np.quantile(costs.tokens, [0, 0.5, 0.9, 0.99, 1]).astype(int)
-    total = config.train.steps or plan.steps_of(config.train.epochs or 1)
+        tile = model_config_of(config).tile
+        made = prepare_data(config, tokenizer, tile, Path(scratch) / "plan", writer=True)
+        plan, costs = made.plan, made.plan.costs
+        epoch = plan.epoch(0)
+        rows, samples = len(epoch), epoch.samples
+        tokens = costs.tokens[samples]
+        steps = plan.steps_of(1)
+        imbalance = step_imbalance(plan, dp_size, _STEPS_SHOWN)
+        quantiles = np.quantile(costs.tokens, [0, 0.5, 0.9, 0.99, 1]).astype(int)
+        total = config.train.steps or plan.steps_of(config.train.epochs or 1)
+        positions = int((-(-np.add.reduceat(tokens, epoch.offsets[:-1]) // 64) * 64).sum())
+        over = int((costs.tokens > LONGEST).sum())
+        lines = [
+            f"samples      {len(costs):,} with {costs.pictures.sum():,} pictures; of those longer than "
+            f"{data.seq_len:,} tokens {made.truncated:,} lose pictures, {plan.dropped:,} are left out; "
+            f"{over:,} are longer than {LONGEST:,}",
+            "tokens       a sample: least {:,}, median {:,}, 90% {:,}, 99% {:,}, most {:,}".format(
+                *quantiles
+            ),
+            *_histogram(costs),
+            f"targets      {costs.targets.sum() / costs.tokens.sum():.1%} of {costs.tokens.sum():,} tokens",
+            f"rows         {rows:,} of {data.seq_len:,} tokens an epoch, {plan.fill(0):.2%} filled, "
+            f"{len(samples) / rows:.1f} samples and {costs.pictures[samples].sum() / rows:.1f} pictures "
+            f"each; rows are padded to a multiple of 64, {1 - tokens.sum() / positions:.2%} of positions",
+            f"steps        {steps:,} an epoch of {batch} rows ({batch // dp_size} on each of {dp_size} "
+            f"ranks); {total:,} in this run",
+            f"imbalance    the slowest rank does {imbalance.mean():.3f} x the mean work of its step, "
+            f"{np.quantile(imbalance, 0.99):.3f} x in the worst 1%",
+        ]
+        if len(data.paths) > 1:
+            source = np.searchsorted(made.maker.samples.bounds(), samples, side="right") - 1
+            lines += [
+                f"source       {(source == number).sum():,} samples an epoch, "
+                f"{tokens[source == number].sum() / tokens.sum():.1%} of its tokens: {path}"
+                for number, path in enumerate(data.paths)
+            ]
+        return lines
+
+
+def step_imbalance(plan: Plan, dp_size: int, most: int) -> np.ndarray:
+    """float64 [steps]: the work of the busiest rank, in the mean of its step; of the first epoch, at most
+    `most` steps, evenly spread. The last one is that of a run which ends here.
+    """
+    end = plan.end_row(1)
+    steps = plan.steps_between(0, end)
+    found = []
+    for number in np.unique(np.linspace(0, steps - 1, min(steps, most)).astype(int)).tolist():
+        step = plan.step(number * plan.global_batch, end)
+        cost = np.array([row_cost(plan.costs, row) for row in step.rows])
+        work = cost[deal_rows(cost, dp_size)].sum(axis=0)
+        found.append(work.max() / work.mean())
+    return np.array(found)
+
+
+def _histogram(costs: SampleCosts) -> list[str]:
+    """A line per power of two that holds samples."""
+    powers = np.ceil(np.log2(np.maximum(costs.tokens, 1))).astype(int)
+    counts = np.bincount(powers)
+    first = int(np.flatnonzero(counts)[0])
     return [
-        f"samples      {len(costs):,} with {costs.pictures.sum():,} pictures; {plan.dropped:,} longer than "
-        f"{data.seq_len:,} tokens are left out",
-        "tokens       a sample: least {:,}, median {:,}, 90% {:,}, 99% {:,}, most {:,}".format(*quantiles),
-        f"targets      {costs.targets.sum() / costs.tokens.sum():.1%} of {costs.tokens.sum():,} tokens",
-        f"rows         {len(epoch):,} of {data.seq_len:,} tokens an epoch, {plan.fill(0):.2%} filled, "
-        f"{len(epoch.samples) / len(epoch):.1f} samples each",
-        f"steps        {steps:,} an epoch of {config.train.global_batch} rows "
-        f"({config.train.global_batch // dp_size} on each of {dp_size} ranks); {total:,} in this run",
-        f"imbalance    the slowest rank does {np.mean(imbalance):.3f} x the mean work of its step, "
-        f"{np.quantile(imbalance, 0.99):.3f} x in the worst 1%",
+        f"  <= {1 << power:<9,}{counts[power]:>12,}  {'#' * round(_BAR * counts[power] / counts.max())}"
+        for power in range(first, len(counts))
     ]

@@ -1,108 +1,54 @@
-"""Which samples form which packed row, and which rank takes which row: a pure function, no I/O, no torch.
+"""Which samples form which packed row, and which rank takes which row. No torch.
 
 The rows of a run are one endless sequence: the rows of epoch 0, then those of epoch 1, and so on; an epoch
-packs every sample exactly once. An optimizer step takes the next `global_batch` rows, also across an epoch's
-edge, so nothing is dropped or doubled; only the last step of a run that ends with an epoch is filled up with
-empty rows. The sequence does not depend on the number of ranks, hence resuming needs one number: rows
-consumed.
+packs every sample exactly once (a mixture: see `epoch.Layout`). An optimizer step takes the next
+`global_batch` rows, also across an epoch's edge, so nothing is dropped or doubled. Where a run ends with an
+epoch, the documents of its last step, fewer rows than `global_batch`, are dealt out anew to that many rows.
+The sequence does not depend on the number of ranks, hence resuming needs one number: rows consumed.
 
-Called by the loader and `phi3v plan`.
+Called by `prepare`, the train loop, evaluation and `phi3v plan`.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from phi3v_dist.data.epoch import EpochRows, Layout, epoch_rows
+from phi3v_dist.data.pack import spread
+from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.tokens import SampleCosts
 from phi3v_dist.processor.geometry import vision_calls_needed
 from shards.format import BadInputError
 
-_PACK_WINDOW = 16_384  # samples packed together; larger fills no better
-
-
-@dataclass(frozen=True)
-class EpochRows:
-    """The rows of one epoch in order. Row r is samples[offsets[r] : offsets[r + 1]], numbers into the
-    index.
-    """
-
-    samples: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def row(self, number: int) -> np.ndarray:
-        return self.samples[self.offsets[number] : self.offsets[number + 1]]
-
-
-def epoch_rows(
-    lengths: np.ndarray, usable: np.ndarray, seq_len: int, seed: int, epoch: int, shuffle: bool, packing: bool
-) -> EpochRows:
-    """Packs the samples numbered `usable` (each with lengths[i] <= seq_len tokens) into rows of at most
-    seq_len.
-
-    Best-fit decreasing within windows of the shuffled order, then the rows are shuffled. Deterministic in
-    (seed, epoch).
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = usable[rng.permutation(len(usable))] if shuffle else usable
-    if packing:
-        rows = []
-        for start in range(0, len(order), _PACK_WINDOW):
-            rows += _pack(order[start : start + _PACK_WINDOW], lengths, seq_len)
-    else:
-        rows = [[int(sample)] for sample in order]
-    if shuffle:
-        rows = [rows[i] for i in rng.permutation(len(rows))]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    samples = np.fromiter((sample for row in rows for sample in row), dtype=np.int64, count=int(offsets[-1]))
-    return EpochRows(samples, offsets)
-
-
-def _pack(order: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[list[int]]:
-    """Best fit decreasing. Ties keep the given order, so the result is a function of the arguments alone."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted; rows that are full leave the list
-    for sample in order[np.argsort(-lengths[order], kind="stable")]:
-        need = int(lengths[sample])
-        place = bisect.bisect_left(room, (need, -1))
-        if place == len(room):
-            rows.append([int(sample)])
-            left, row = seq_len - need, len(rows) - 1
-        else:
-            free, row = room.pop(place)
-            rows[row].append(int(sample))
-            left = free - need
-        if left > 0:
-            bisect.insort(room, (left, row))
-    return rows
+_KEPT_EPOCHS = 2  # in memory
 
 
 @dataclass(frozen=True)
 class StepRows:
     """The rows of one optimizer step.
 
-    rows: sample numbers of each of the global_batch rows; empty ones at the end of the run. epoch: of the
-    first row. targets: target tokens of all rows, the denominator of the loss.
+    rows: sample numbers of each of the global_batch rows. epoch: of the first row. targets: target tokens of
+    all rows, the denominator of the loss. taken: rows of the sequence that the step consumes, fewer than
+    global_batch at the end of a run.
     """
 
     rows: tuple[np.ndarray, ...]
     epoch: int
     targets: int
+    taken: int
 
 
 @dataclass
 class Plan:
     """The rows of a run.
 
-    costs: of the samples of the train split. seq_len: tokens of a row. Over-long samples are left out
-    (over_long "drop") or refused ("fail").
+    costs: of the samples of the train split. seq_len: tokens of a row. Samples that are too long are left
+    out, or refused (over_long "fail"). layout: shards and data sets of the samples. files: where epochs are
+    kept between processes.
     Raises BadInputError if a sample is too long and over_long is "fail", or nothing is left.
     """
 
@@ -113,54 +59,100 @@ class Plan:
     shuffle: bool = True
     packing: bool = True
     over_long: str = "fail"
+    layout: Layout | None = None
+    files: PlanFiles | None = None
     dropped: int = field(init=False)
     _usable: np.ndarray = field(init=False, repr=False)
     _epochs: dict[int, EpochRows] = field(init=False, default_factory=dict, repr=False)
     _first_row: list[int] = field(init=False, default_factory=lambda: [0], repr=False)
+    # the train loop and the thread that feeds the workers both ask
+    _lock: threading.RLock = field(init=False, default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
         fits = self.costs.tokens <= self.seq_len
-        self.dropped = int((~fits).sum())
+        self.dropped = len(fits) - int(np.count_nonzero(fits))
         if self.dropped and self.over_long == "fail":
             worst = int(self.costs.tokens.max())
             raise BadInputError(
                 f"{self.dropped} of {len(fits)} samples are longer than data.seq_len={self.seq_len} "
-                f"(longest: {worst}); raise data.seq_len, lower data.num_crops, or set data.over_long=drop"
+                f"(longest: {worst}); raise data.seq_len, lower data.num_crops, or set data.over_long to "
+                "drop or truncate"
             )
         self._usable = np.flatnonzero(fits)
         if not len(self._usable):
             raise BadInputError(
                 f"no sample fits into data.seq_len={self.seq_len}; raise it or lower data.num_crops"
             )
+        if self.files is not None:
+            self._first_row = self.files.first_rows() or [0]
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self._usable)
 
     def epoch(self, number: int) -> EpochRows:
-        """The rows of an epoch; the last two asked for are kept."""
-        if number not in self._epochs:
-            self._epochs = {n: rows for n, rows in self._epochs.items() if abs(n - number) <= 1}
-            self._epochs[number] = epoch_rows(
-                self.costs.tokens, self._usable, self.seq_len, self.seed, number, self.shuffle, self.packing
-            )
-        return self._epochs[number]
+        """The rows of an epoch; those asked for last are kept."""
+        with self._lock:
+            if number not in self._epochs:
+                phase = self._start(number) % self.global_batch
+                rows = self.files.epoch(number) if self.files is not None else None
+                if rows is None:
+                    rows = self._make(number, phase)
+                    if self.files is not None:
+                        self.files.keep_epoch(number, rows)
+                while len(self._epochs) >= _KEPT_EPOCHS:
+                    self._epochs.pop(next(iter(self._epochs)))
+                self._epochs[number] = rows
+            return self._epochs[number]
+
+    def _make(self, number: int, phase: int) -> EpochRows:
+        return epoch_rows(
+            self.costs.tokens,
+            sample_work(self.costs),
+            self.layout or Layout.single(len(self.costs)),
+            self._usable,
+            seq_len=self.seq_len,
+            global_batch=self.global_batch,
+            seed=self.seed,
+            epoch=number,
+            phase=phase,
+            shuffle=self.shuffle,
+            packing=self.packing,
+        )
+
+    def steps_between(self, first_row: int, end_row: int) -> int:
+        """Optimizer steps that take the rows from first_row to before end_row."""
+        return max(0, -(-(end_row - first_row) // self.global_batch))
 
     def steps_of(self, epochs: float) -> int:
         """Optimizer steps that take the rows of so many epochs."""
-        return -(-self.end_row(epochs) // self.global_batch)
+        return self.steps_between(0, self.end_row(epochs))
 
-    def step(self, number: int, end_row: int | None = None) -> StepRows:
-        """The rows of optimizer step `number`, from 0. Rows at or after `end_row` are left empty."""
-        first = number * self.global_batch
-        epoch = self._epoch_of(first)
+    def step(self, first_row: int, end_row: int | None = None) -> StepRows:
+        """The rows of the optimizer step that begins with row `first_row`; none at or after `end_row`."""
+        stop = first_row + self.global_batch
+        if end_row is not None:
+            stop = min(stop, end_row)
+        here = epoch = self._epoch_of(first_row)
         rows = []
-        here = epoch
-        for row in range(first, first + self.global_batch):
-            if end_row is not None and row >= end_row:
-                rows.append(np.empty(0, dtype=np.int64))
-                continue
+        for row in range(first_row, stop):
             while row >= self._start(here + 1):
                 here += 1
             rows.append(self.epoch(here).row(row - self._start(here)))
+        missing = self.global_batch - len(rows)
         targets = sum(int(self.costs.targets[row].sum()) for row in rows)
-        return StepRows(tuple(rows), epoch, targets)
+        taken = len(rows)
+        if missing:
+            rows = self._respread(rows) or [*rows, *[np.empty(0, np.int64)] * missing]
+        return StepRows(tuple(rows), epoch, targets, taken)
+
+    def _respread(self, rows: list[np.ndarray]) -> list[np.ndarray] | None:
+        samples = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        parts = spread(
+            self.costs.tokens[samples], sample_work(self.costs, samples), self.global_batch, self.seq_len
+        )
+        return None if parts is None else [samples[part] for part in parts]
 
     def fill(self, epoch: int) -> float:
         """Tokens of an epoch's rows as a part of the positions they take."""
@@ -173,17 +165,25 @@ class Plan:
         part = int(np.ceil((epochs - whole) * len(self.epoch(whole)))) if epochs > whole else 0
         return self._start(whole) + part
 
+    def plan_ahead(self, end_row: int) -> None:
+        """Makes and keeps every epoch with rows before `end_row`, so that other processes find them."""
+        while self._first_row[-1] < end_row:
+            self._start(len(self._first_row))
+
     def _start(self, epoch: int) -> int:
-        while len(self._first_row) <= epoch:
-            done = len(self._first_row) - 1
-            self._first_row.append(self._first_row[done] + len(self.epoch(done)))
-        return self._first_row[epoch]
+        with self._lock:
+            while len(self._first_row) <= epoch:
+                done = len(self._first_row) - 1
+                rows = self._epochs[done] if done in self._epochs else self.epoch(done)
+                self._first_row.append(self._first_row[done] + len(rows))
+                if self.files is not None:
+                    self.files.keep_first_rows(self._first_row)
+            return self._first_row[epoch]
 
     def _epoch_of(self, row: int) -> int:
-        epoch = 0
-        while row >= self._start(epoch + 1):
-            epoch += 1
-        return epoch
+        while self._first_row[-1] <= row:
+            self._start(len(self._first_row))
+        return int(np.searchsorted(self._first_row, row, side="right")) - 1
 
 
 @dataclass(frozen=True)
@@ -196,63 +196,77 @@ class MicroRow:
     vision_calls: int
 
 
+def deal_rows(cost: np.ndarray, dp_size: int) -> np.ndarray:
+    """int64 [micro-steps, dp_size]: which row of a step each rank takes in each micro-step. cost: of its
+    rows.
+
+    Rows of similar cost share a micro-step, because ZeRO-3 makes every rank wait for the slowest in each;
+    within one, the rank that has done least so far gets the costliest.
+    """
+    micros = np.argsort(-cost, kind="stable").reshape(-1, dp_size)
+    dealt = np.empty_like(micros)
+    done = np.zeros(dp_size)
+    for micro, rows in enumerate(micros):
+        dealt[micro, np.argsort(done, kind="stable")] = rows
+        done += cost[dealt[micro]]
+    return dealt
+
+
 def rank_rows(
     step: StepRows, costs: SampleCosts, dp_rank: int, dp_size: int, vision_chunk: int
 ) -> list[MicroRow]:
-    """The rows that a data-parallel rank accumulates in a step; global_batch / dp_size of them.
-
-    Rows of similar cost share a micro-step, because ZeRO-3 makes every rank wait for the slowest in each.
-    """
-    by_cost = sorted(range(len(step.rows)), key=lambda i: (-row_cost(costs, step.rows[i]), i))
-    mine = []
-    for first in range(0, len(by_cost), dp_size):
-        together = [step.rows[i] for i in by_cost[first : first + dp_size]]
-        calls = max(
-            vision_calls_needed(int(costs.tiles[row].sum()), int(costs.pictures[row].sum()), vision_chunk)
-            for row in together
+    """The rows that a data-parallel rank accumulates in a step; global_batch / dp_size of them."""
+    cost = np.array([row_cost(costs, row) for row in step.rows])
+    views = [int(costs.tiles[row].sum()) for row in step.rows]
+    pictures = [int(costs.pictures[row].sum()) for row in step.rows]
+    return [
+        MicroRow(
+            step.rows[together[dp_rank]],
+            max(vision_calls_needed(views[row], pictures[row], vision_chunk) for row in together),
         )
-        mine.append(MicroRow(together[dp_rank], calls))
-    return mine
+        for together in deal_rows(cost, dp_size).tolist()
+    ]
 
 
-@dataclass
-class RankRows(Sequence[MicroRow]):
-    """The rows of one rank from `first_step` to before `end_step`, in order, worked out when they are asked
-    for.
+@dataclass(frozen=True)
+class RankRows:
+    """The rows of one rank over `steps` optimizer steps from row `first_row` on, worked out while they are
+    iterated over.
 
-    end_row: rows of the run; those after it are empty.
+    end_row: rows of the run; there are none after it.
     """
 
     plan: Plan
     dp_rank: int
     dp_size: int
     vision_chunk: int
-    first_step: int
-    end_step: int
+    first_row: int
+    steps: int
     end_row: int | None = None
-    _step: int = field(init=False, default=-1, repr=False)
-    _rows: list[MicroRow] = field(init=False, default_factory=list, repr=False)
 
     def __len__(self) -> int:
-        return (self.end_step - self.first_step) * self.plan.global_batch // self.dp_size
+        return self.steps * self.plan.global_batch // self.dp_size
 
-    def __getitem__(self, place: Any) -> Any:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        step, micro = divmod(place, self.plan.global_batch // self.dp_size)
-        if step != self._step:
-            rows = self.plan.step(self.first_step + step, self.end_row)
-            self._rows = rank_rows(rows, self.plan.costs, self.dp_rank, self.dp_size, self.vision_chunk)
-            self._step = step
-        return self._rows[micro]
+    def __iter__(self) -> Iterator[MicroRow]:
+        row = self.first_row
+        for _ in range(self.steps):
+            step = self.plan.step(row, self.end_row)
+            row += step.taken
+            yield from rank_rows(step, self.plan.costs, self.dp_rank, self.dp_size, self.vision_chunk)
 
 
-def row_cost(costs: SampleCosts, samples: np.ndarray) -> float:
-    """Work of a row in the work of one token's linear layers, by the FLOPs of the published sizes.
+def sample_work(costs: SampleCosts, samples: np.ndarray | None = None) -> np.ndarray:
+    """float64 [samples]: work of each sample in the work of one token's linear layers, by the FLOPs of the
+    published sizes.
 
     A token costs 7.25 GFLOP, attention 0.197 MFLOP x L x L in a document of L tokens (half masked), a view
     0.37 TFLOP in the tower.
     """
-    tokens = costs.tokens[samples].astype(np.float64)
-    views = costs.tiles[samples].sum() + costs.pictures[samples].sum()
-    return float(tokens.sum() + (tokens * tokens).sum() / 37_000 + 51 * views)
+    chosen = slice(None) if samples is None else samples
+    tokens = costs.tokens[chosen].astype(np.float64)
+    return tokens + tokens * tokens / 37_000 + 51.0 * (costs.tiles[chosen] + costs.pictures[chosen])
+
+
+def row_cost(costs: SampleCosts, samples: np.ndarray) -> float:
+    """Work of a row: that of its samples, which never attend to each other."""
+    return float(sample_work(costs, samples).sum())

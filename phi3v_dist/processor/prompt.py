@@ -92,6 +92,13 @@ def encode(
     takes pictures in order of appearance), if one stands in a reply, or if a message's text holds a control
     token (it would be learnt as, or taken for, the end of a turn).
     """
+    check_text(messages, len(image_tokens))
+    ids = encode_text(tokenizer, render(messages, add_generation_prompt, template), image_tokens)
+    return Encoded(ids, _reply_labels(tokenizer, ids))
+
+
+def check_text(messages: Sequence[dict[str, str]], pictures: int) -> None:
+    """Raises BadInputError as `encode` does."""
     for place, message in enumerate(messages):
         for control in CONTROL_TOKENS:
             if control in message["content"]:
@@ -103,10 +110,13 @@ def encode(
                 f"message {place}: an image tag stands in a reply; move it to the user's turn"
             )
     tags = [k for message in messages for k in image_tags(message["content"])]
-    if tags != list(range(1, len(image_tokens) + 1)):
-        raise BadInputError(_mismatch(tags, len(image_tokens)))
-    ids = encode_text(tokenizer, render(messages, add_generation_prompt, template), image_tokens)
-    return Encoded(ids, _reply_labels(tokenizer, ids))
+    if tags != list(range(1, pictures + 1)):
+        raise BadInputError(_mismatch(tags, pictures))
+
+
+def text_pieces(text: str) -> list[str]:
+    """The pieces of a rendered text between its image tags: each is tokenised by itself."""
+    return _TAG.split(text)[::2]
 
 
 def _reply_labels(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """From a dataset directory to packed rows: counts agree with what is made, damage is contained."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from phi3v_dist.data.collate import Document, collate
 from phi3v_dist.data.loader import LoadedRow, RowMaker, load_rows
 from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.data.reader import SampleReader
-from phi3v_dist.data.tokens import SampleCosts, sample_costs
+from phi3v_dist.data.samples import keep_samples, open_samples, read_samples, samples_fingerprint
+from phi3v_dist.data.tokens import Counter, SampleCosts, keep_costs, load_costs, sample_costs
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from shards.format import BadInputError, read_index
 
@@ -20,15 +22,17 @@ TILE = 112
 @pytest.fixture(scope="module")
 def maker(products: Path, tmp_path_factory: pytest.TempPathFactory) -> RowMaker:
     folder = tmp_path_factory.mktemp("tokenizer")
-    index = read_index(str(products), "train", ["key", "shard", "images", "messages"])
+    index = read_index(str(products), "train", ["messages"])
     train_tokenizer((m["content"] for ms in index["messages"].to_pylist() for m in ms), folder, 400)
     tokenizer = load_tokenizer(folder)
-    return RowMaker(str(products), index, tokenizer, 4, TILE, tokenizer.pad_token_id)
+    keep_samples(read_samples([str(products)], "train"), folder / "samples.arrow")
+    samples = open_samples([str(products)], folder / "samples.arrow")
+    return RowMaker(samples, tokenizer, 4, TILE, tokenizer.pad_token_id)
 
 
 @pytest.fixture(scope="module")
 def costs(maker: RowMaker) -> SampleCosts:
-    return sample_costs(maker.index, maker.tokenizer, 4, TILE)
+    return sample_costs(maker.samples, Counter(maker.tokenizer, 4, TILE))
 
 
 def rows(maker: RowMaker, costs: SampleCosts, workers: int = 0) -> list[LoadedRow]:
@@ -42,7 +46,7 @@ def test_counts_from_the_index_are_those_of_the_made_rows(maker: RowMaker, costs
     assert sum(row.tokens for row in made) == costs.tokens.sum()
     assert sum(row.row.num_targets for row in made) == costs.targets.sum()
     assert sum(len(row.row.tiles) for row in made) == costs.tiles.sum()
-    assert sum(row.pictures for row in made) == costs.pictures.sum() == maker.index.num_rows
+    assert sum(row.pictures for row in made) == costs.pictures.sum() == len(maker.samples)
     assert sum(len(row.row.image_positions) for row in made) == sum(
         (r * c + 1) * 16 + 1 + (r + 1) * 4 for row in made for r, c in row.row.grids.tolist()
     )
@@ -59,10 +63,9 @@ def test_counts_from_the_index_are_those_of_the_made_rows(maker: RowMaker, costs
 
 
 def test_labels_are_the_reply_and_its_end(maker: RowMaker) -> None:
-    reader = SampleReader(maker.root)
-    record = maker.index.slice(3, 1).to_pylist()[0]
-    document, fault = maker.document(record, reader)
-    assert fault is None
+    (record,) = maker.samples.records([3])
+    document, fault, masked = maker.document(record, maker.reader())
+    assert fault is None and masked == 0
     learnt = [token for token in document.labels if token != -100]
     assert maker.tokenizer.decode(learnt).strip() == record["messages"][-1]["content"] + "<|end|>"
 
@@ -75,40 +78,50 @@ def test_workers_change_nothing(maker: RowMaker, costs: SampleCosts) -> None:
             assert torch.equal(getattr(one.row, name), getattr(other.row, name))
 
 
-def test_counts_are_kept_and_keyed_by_what_shapes_them(
+def test_counts_are_the_same_from_several_processes_and_from_a_file(
     maker: RowMaker, costs: SampleCosts, tmp_path: Path
 ) -> None:
-    sample_costs(maker.index, maker.tokenizer, 4, TILE, tmp_path)
-    (file,) = tmp_path.glob("costs-*.npz")
-    stamp = file.stat().st_mtime_ns
-    again = sample_costs(maker.index, maker.tokenizer, 4, TILE, tmp_path)
-    assert all(np.array_equal(a, b) for a, b in zip(vars(again).values(), vars(costs).values(), strict=True))
-    assert file.stat().st_mtime_ns == stamp
-    sample_costs(maker.index, maker.tokenizer, 1, TILE, tmp_path)
-    sample_costs(maker.index.slice(1), maker.tokenizer, 4, TILE, tmp_path)
-    assert len(list(tmp_path.glob("costs-*.npz"))) == 3
-
-
-def test_a_shard_that_does_not_hold_what_the_index_says_is_contained(
-    maker: RowMaker, costs: SampleCosts, tmp_path: Path
-) -> None:
-    names = set(maker.index["shard"].to_pylist())
-    first = sorted(names)[0]
-    for name in names:  # one shard cut short, the others whole
-        data = (Path(maker.root) / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) // 2] if name == first else data)
-    damaged = RowMaker(str(tmp_path), maker.index, maker.tokenizer, 4, TILE, maker.pad_id)
-    made, whole = rows(damaged, costs), rows(maker, costs)
-    bad = [reason for row in made for reason in row.bad]
-    assert bad and all(reason.startswith(first) and "bytes that the index names" in reason for reason in bad)
-    for one, other in zip(made, whole, strict=True):
-        assert torch.equal(one.row.input_ids, other.row.input_ids)
-        assert one.row.tiles.shape == other.row.tiles.shape
-        assert (
-            one.row.num_targets < other.row.num_targets
-            if one.bad
-            else one.row.num_targets == other.row.num_targets
+    counter = Counter(maker.tokenizer, 4, TILE)
+    shards = maker.samples.shard_numbers()
+    keep_costs(costs, shards, tmp_path / "costs.npy")
+    kept, kept_shards = load_costs(tmp_path / "costs.npy")
+    for other in (sample_costs(maker.samples, counter, processes=2), kept):
+        assert all(
+            np.array_equal(a, b) for a, b in zip(vars(other).values(), vars(costs).values(), strict=True)
         )
+    assert np.array_equal(shards, kept_shards)
+    assert len(np.unique(shards)) == len({r["shard"] for r in maker.samples.records(range(len(shards)))})
+    (tmp_path / "costs.npy").write_bytes(b"half")
+    with pytest.raises(BadInputError, match="damaged"):
+        load_costs(tmp_path / "costs.npy")
+
+
+def test_files_are_named_after_all_that_shapes_them(maker: RowMaker, products: Path, tmp_path: Path) -> None:
+    counter = Counter(maker.tokenizer, 4, TILE)
+    assert counter.key() == Counter(maker.tokenizer, 4, TILE).key()
+    assert len({Counter(maker.tokenizer, n, t, p).key() for n in (1, 4) for t in (112, 336)
+                for p in ("chat", "seed")}) == 8  # fmt: skip
+    whole = samples_fingerprint([str(products)], "train")
+    assert whole != samples_fingerprint([str(products)], "val")
+    assert whole != samples_fingerprint([str(products)] * 2, "train")
+    shutil.copytree(products, tmp_path / "copy")
+    assert samples_fingerprint([str(tmp_path / "copy")], "train") == whole
+    part = next((tmp_path / "copy/index").glob("*.parquet"))
+    part.write_bytes(part.read_bytes() + b" ")
+    assert samples_fingerprint([str(tmp_path / "copy")], "train") != whole
+
+
+def test_two_data_sets_are_numbered_one_after_the_other(maker: RowMaker, products: Path) -> None:
+    both = read_samples([str(products), str(products)], "train")
+    half = len(both) // 2
+    assert both.bounds() == (0, half, 2 * half)
+    assert len(np.unique(both.shard_numbers())) == 2 * len(np.unique(maker.samples.shard_numbers()))
+    first, second = both.records([1, half + 1])
+    assert {**second, "source": 0} == first and second["source"] == 1
+    assert list(both.take([half + 1]).records([0])) == [second]
+    reader = SampleReader(both.roots, both.shards)
+    assert reader.images(first) == reader.images(second)
+    assert len(read_samples([str(products)], "none", may_lack=True)) == 0
 
 
 def test_the_reader_reads_any_fsspec_store_alike_and_stays_in_its_directory(products: Path) -> None:

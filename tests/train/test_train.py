@@ -13,9 +13,11 @@ import torch
 
 from phi3v_dist import checkpoint
 from phi3v_dist.config import load_config
+from phi3v_dist.data.epoch import Layout
 from phi3v_dist.data.loader import RowMaker, load_rows
 from phi3v_dist.data.plan import Plan, RankRows
-from phi3v_dist.data.tokens import sample_costs
+from phi3v_dist.data.samples import read_samples
+from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.exits import DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
 from phi3v_dist.export import export
 from phi3v_dist.model.hub import build_model, load_weights
@@ -42,10 +44,11 @@ def plain_losses(config_path: Path, init: Path) -> list[float]:
     model = build_model(load_model_config(init), torch.float32)
     load_weights(model, init)
     tokenizer = load_tokenizer(init)
-    index = read_index(config.data.path, "train", ["key", "shard", "images", "messages"])
-    costs = sample_costs(index, tokenizer, 1, 112)
-    plan = Plan(costs, config.data.seq_len, config.seed, config.train.global_batch)
-    maker = RowMaker(config.data.path, index, tokenizer, 1, 112, tokenizer.pad_token_id)
+    samples = read_samples(config.data.paths, "train")
+    costs = sample_costs(samples, Counter(tokenizer, 1, 112))
+    layout = Layout(samples.shard_numbers(), samples.bounds())
+    plan = Plan(costs, config.data.seq_len, config.seed, config.train.global_batch, layout=layout)
+    maker = RowMaker(samples, tokenizer, 1, 112, tokenizer.pad_token_id)
     rows = load_rows(maker, RankRows(plan, 0, 1, 64, 0, config.train.steps or 0), 0, 1, 60)
     groups = parameter_groups(model, config.train)
     optimizer = torch.optim.AdamW(
@@ -53,7 +56,7 @@ def plain_losses(config_path: Path, init: Path) -> list[float]:
     )
     losses = []
     for step in range(config.train.steps or 0):
-        targets = plan.step(step).targets
+        targets = plan.step(step * config.train.global_batch).targets
         loss = torch.zeros(())
         for _ in range(config.train.global_batch):
             part = model(row=next(rows).row) / targets
@@ -168,7 +171,7 @@ def test_unreadable_samples_are_left_out_and_too_many_stop_the_run(tiny_config: 
             stream.seek(image["offset"])
             stream.write(b"\0" * image["length"])
     epoch = [f"data.path={damaged}", "train.steps=null", "train.epochs=1", "eval.generate_samples=0"]
-    output = run_ranks(tiny_config, 2, *epoch)
+    output = run_ranks(tiny_config, 2, *epoch, "data.max_bad_fraction=0.1")
     logs = "".join((config.run_dir / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
     assert logs.count("sample left out") == 3 and "undecodable picture" in logs
     assert list(metrics(config.run_dir, "data/bad_samples").values())[-1] == 3
@@ -183,3 +186,6 @@ def test_unreadable_samples_are_left_out_and_too_many_stop_the_run(tiny_config: 
     code, output = finish(start_ranks(tiny_config, 2, *epoch, "name=worse"))
     assert code != 0 and "unreadable samples" in output
     assert recorded_exit(config.run_dir.parent / "worse", began) == DIVERGED
+    listed = (config.run_dir.parent / "worse/bad-samples.txt").read_text().splitlines()
+    assert listed and all("shard-" in line and "undecodable picture" in line for line in listed)
+    assert listed[0] in output

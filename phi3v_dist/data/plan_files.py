@@ -1,0 +1,79 @@
+"""The plan on disk: epochs and their numbers of rows, so that resuming at step 100,000 costs what step 0
+costs.
+
+In: a directory and a key made of everything that shapes the plan. Out: epochs, mapped into memory, so that
+the ranks of a node share them. A file that is damaged or missing is simply made again: the plan is a pure
+function. Called by `plan`; one process writes (the main rank), all read.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from phi3v_dist.data.epoch import EpochRows
+from shards.atomic import write_atomically
+
+_WORTH_KEEPING = 20_000  # samples; smaller epochs are made faster than files are opened
+_KEPT = 4  # epochs on disk
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanFiles:
+    """Files `plan-KEY.*` in `directory`. writer: whether this process writes."""
+
+    directory: Path
+    key: str
+    writer: bool
+
+    def first_rows(self) -> list[int]:
+        """The number of the first row of every epoch that was ever planned; empty if none was."""
+        stored = self._load("rows", None)
+        return [] if stored is None or not len(stored) or stored[0] != 0 else stored.tolist()
+
+    def keep_first_rows(self, first_rows: list[int]) -> None:
+        self._store("rows", np.array(first_rows, dtype=np.int64))
+
+    def epoch(self, number: int) -> EpochRows | None:
+        """The rows of an epoch, if they were kept."""
+        stored = self._load(f"epoch-{number:06d}", "r")
+        if stored is None or len(stored) < 2:
+            return None
+        rows = int(stored[0])
+        offsets, samples = stored[1 : rows + 2], stored[rows + 2 :]
+        whole = len(offsets) == rows + 1 and int(offsets[-1]) == len(samples)
+        return EpochRows(samples, np.asarray(offsets)) if whole else None
+
+    def keep_epoch(self, number: int, rows: EpochRows) -> None:
+        if len(rows.samples) < _WORTH_KEEPING:
+            return
+        self._store(f"epoch-{number:06d}", np.concatenate([[len(rows)], rows.offsets, rows.samples]))
+        if self.writer:
+            for old in sorted(self.directory.glob(f"plan-{self.key}.epoch-*.npy"))[:-_KEPT]:
+                old.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"plan-{self.key}.{name}.npy"
+
+    def _load(self, name: str, mmap_mode: str | None) -> np.ndarray | None:
+        path = self._path(name)
+        try:
+            stored = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)  # type: ignore[arg-type]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError) as error:
+            _log.warning("%s: cannot be read (%s); planned again", path, error)
+            return None
+        return stored if stored.dtype == np.int64 and stored.ndim == 1 else None
+
+    def _store(self, name: str, values: np.ndarray) -> None:
+        if not self.writer:
+            return
+        data = io.BytesIO()
+        np.save(data, values.astype(np.int64, copy=False))
+        write_atomically(self._path(name), data.getvalue(), durable=False)
