@@ -70,6 +70,19 @@ class JobDescription:
         return self.cpu_processes or self.gpus_per_node
 
 
+def check_batch(job: JobDescription, global_batch: int) -> None:
+    """Raises BadInputError if `global_batch` rows cannot be shared by the job's ranks: better now than after
+    a wait in the queue.
+    """
+    ranks = job.nodes * job.processes_per_node
+    if global_batch % ranks:
+        fitting = -(-global_batch // ranks) * ranks
+        raise BadInputError(
+            f"train.global_batch={global_batch} rows cannot be shared by {job.nodes} x "
+            f"{job.processes_per_node} = {ranks} ranks; set train.global_batch={fitting}"
+        )
+
+
 @dataclass(frozen=True)
 class Membership:
     """A node's place in a job. node_rank: 0 hosts the rendezvous. host, port: where that is. address: of this

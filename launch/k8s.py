@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from launch.description import GRACE_S, POD_GRACE_S, JobDescription, job_name
+from launch.description import GRACE_S, POD_GRACE_S, JobDescription, check_batch, job_name
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DIVERGED, USAGE
 from shards.format import BadInputError
@@ -66,7 +66,7 @@ def describe(
         named.add("data.path")
     mounted = [override for override in mounted if override.split("=", 1)[0] not in named]
     config = load_config(config_path, [*mounted, *overrides])
-    return JobDescription(
+    job = JobDescription(
         name=job_name(config.name),
         config=config_path,
         overrides=(*mounted, *overrides),
@@ -74,6 +74,8 @@ def describe(
         gpus_per_node=gpus_per_node,
         image=image,
     )
+    check_batch(job, config.train.global_batch)
+    return job
 
 
 def manifests(job: JobDescription, config_text: str, options: KubernetesOptions) -> dict[str, list[Object]]:

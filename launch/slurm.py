@@ -25,7 +25,7 @@ import launch
 import phi3v_dist
 import shards
 from launch.cluster import run_cluster_node
-from launch.description import MAX_REQUEUES, STOP_LEAD_S, JobDescription, job_name
+from launch.description import MAX_REQUEUES, STOP_LEAD_S, JobDescription, check_batch, job_name
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DONE, PREEMPTED
 from shards.format import BadInputError
@@ -119,6 +119,8 @@ def launch_slurm(
         cpu_processes=cpu_processes,
         minutes=minutes,
     )
+    for run in runs:
+        check_batch(job, load_config(config_path, run).train.global_batch)
     run_dir = load_config(config_path, overrides).run_dir.resolve()
     folder = run_dir / JOBS
     if show:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train under Slurm. From the directory of the checkout:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 --exclusive --time=24:00:00 slurm/train.sh configs/burberry.yaml [key=value ...]
+#   sbatch --nodes=2 --gpus-per-node=8 --exclusive --time=24:00:00 slurm/train.sh configs/burberry.yaml [key=value ...]
 #
 # Partition, account, QOS: flags of sbatch. What never changes on your cluster (container, NCCL, caches, staging):
 # slurm/cluster.env, see slurm/cluster.env.example. docs/slurm.md tells the whole story.

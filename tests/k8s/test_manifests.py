@@ -125,6 +125,7 @@ def test_ranks_have_time_to_save_before_the_pod_is_killed() -> None:
     [
         (["train.lrr=1"], 2, "did you mean"),
         ([], 0, "0 nodes"),
+        ([], 3, "global_batch=16 rows cannot be shared by 3 x 8 = 24 ranks; set train.global_batch=24"),
         (["name=" + "x" * 60], 2, "40 are the most"),
     ],
 )

@@ -47,7 +47,7 @@ def test_the_batch_script_is_printed_and_nothing_is_submitted(
     monkeypatch.setenv("PATH", str(tmp_path))
     runs = tmp_path / "runs with space"
     options = SlurmOptions(partition="gpu", account="vision", more={"constraint": "h100"})
-    overrides = [f"runs_dir={runs}"]
+    overrides = [f"runs_dir={runs}", "train.global_batch=32"]
     assert launch_slurm(str(tiny_config), overrides, 4, 8, minutes=60, options=options, show=True) == 0
     said = capsys.readouterr().out.replace(str(runs / "tiny"), "RUN")
     assert re.sub(r"python -u .*", "COMMAND", said) == SCRIPT
@@ -78,7 +78,8 @@ def test_a_sweep_is_every_combination_each_a_run_of_its_own(tiny_config: Path) -
         ({"nodes": 0}, "at least one is needed"),
         ({"gpus_per_node": 0}, "no GPUs per node"),
         ({"minutes": 5}, "leaves no time to train"),
-        ({}, "no sbatch on the PATH"),
+        ({}, "4 rows cannot be shared by 1 x 8 = 8 ranks"),
+        ({"gpus_per_node": 4}, "no sbatch on the PATH"),
     ],
 )
 def test_what_cannot_be_submitted_is_one_line(
