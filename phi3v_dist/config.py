@@ -237,7 +237,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             raise BadInputError(f"{path}: holds no mapping of keys to values")
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError, OSError) as error:
         if isinstance(error, BadInputError):
             raise
         raise BadInputError(f"{path}: {' '.join(str(error).split())}") from error

@@ -30,7 +30,7 @@ from shards.tars import TarShard, scan
 
 MINUTES = float(os.environ.get("PHI3V_FUZZ_MINUTES", "0"))
 CONFIGS = Path(__file__).parents[2] / "configs"
-pytestmark = pytest.mark.timeout(60 * MINUTES + 180)
+pytestmark = pytest.mark.timeout(150 * MINUTES + 180)
 
 
 def fuzz(target: Callable[[Any], object], inputs: st.SearchStrategy[Any], examples: int = 150) -> None:
