@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from phi3v_dist.exits import (
     record_exit,
 )
 from shards.format import BadInputError
+
+if TYPE_CHECKING:
+    from phi3v_dist.evaluate import Evaluation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,35 +125,103 @@ def estimate(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model directory")],
+    model: Annotated[
+        str, typer.Argument(help="a run (RUN:best, RUN:1500), a checkpoint, or a model directory")
+    ],
     dataset: Annotated[str, typer.Argument(help="a dataset directory of phi3v shards build")],
     split: Annotated[str, typer.Option(help="the split to answer")] = "val",
     samples: Annotated[
-        int | None, typer.Option(help="so many of its samples, evenly spread; default all")
+        int | None, typer.Option(min=1, help="so many of its samples, evenly spread; default all")
     ] = None,
     swap: Annotated[
         bool, typer.Option(help="answer once more with the pictures swapped between samples")
     ] = True,
-    out: Annotated[Path | None, typer.Option(help="directory for scores.json and predictions.jsonl")] = None,
-    batch_size: Annotated[int, typer.Option(help="questions answered together")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 64,
+    loss: Annotated[bool, typer.Option(help="also the loss of the reference replies")] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="price, category, title, exact_match, anls or module:function; repeatable"),
+    ] = None,
+    slice_by: Annotated[
+        str, typer.Option(help="field of the samples' meta to score part by part")
+    ] = "category",
+    out: Annotated[Path | None, typer.Option(help="directory for scores.json and predictions.*")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions answered together")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="of the swap and the confidence intervals")] = 0,
+    weights: Annotated[str, typer.Option(help="whole on every rank, partitioned (ZeRO-3), or auto")] = "auto",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="start so many ranks on this machine; not inside torchrun")
+    ] = None,
 ) -> None:
     """Answer a split by generation and score the answers, beside a constant predictor and swapped pictures.
 
-    Example: phi3v evaluate runs/demo runs/demo/data/shards
-    """
-    from phi3v_dist.evaluate import evaluate as evaluate_model
-    from phi3v_dist.evaluate import write_evaluation
-    from phi3v_dist.restore import find_source, restore_for_answers
+    In one process, with --processes N, or inside torchrun on all its ranks: the results are the same.
 
-    restored = restore_for_answers(find_source(model))
-    result = evaluate_model(restored, dataset, split, samples, swap, batch_size, max_new_tokens)
-    if out is not None:
-        write_evaluation(result, out)
-    for name in ("scores", "swapped", "baseline"):
-        scores = getattr(result, name)
-        if scores is not None:
-            print(f"{name:9}" + "  ".join(f"{k} {_shown(v)}" for k, v in vars(scores).items()))
+    Example: phi3v evaluate runs/demo:best runs/demo/data/shards --out runs/demo/eval/best
+    """
+    if weights not in ("auto", "whole", "partitioned"):
+        raise BadInputError(f"--weights {weights}: use auto, whole or partitioned")
+    if processes is not None:
+        from launch.local import launch_here
+
+        raise SystemExit(launch_here(_without_processes(sys.argv[1:]), processes))
+    from phi3v_dist.evaluate import How, write_evaluation
+    from phi3v_dist.evaluate import evaluate as evaluate_model
+    from phi3v_dist.parallel.mesh import open_mesh
+    from phi3v_dist.restore import find_source
+
+    source = find_source(model)
+    how = How(split, samples, swap, batch_size, max_new_tokens, slice_by=slice_by, seed=seed, loss=loss,
+              weights=weights, **({"metrics": tuple(metric)} if metric else {}))  # fmt: skip
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        with open_mesh(3600.0) as mesh:
+            result = evaluate_model(source, dataset, how, mesh)
+            if mesh.is_main:
+                if out is not None:
+                    write_evaluation(result, out)
+                _print_evaluation(result)
+    except BadInputError:
+        if not is_main:
+            raise SystemExit(USAGE) from None
+        raise
+
+
+def _without_processes(arguments: list[str]) -> list[str]:
+    """The command line of one rank: without --processes N."""
+    kept: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--processes="):
+            continue
+        if kept and kept[-1] == "--processes":
+            kept.pop()
+            continue
+        kept.append(argument)
+    return kept
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {"scores": result.scores, "swapped": result.swapped, "baseline": result.baseline}
+    table = Table("", "model", "95 % of resamples", "pictures swapped", "constant answer")
+    for name in result.scores.values:
+        between = result.scores.intervals[name]
+        cells = ["-" if s is None else _shown(s.values[name]) for s in columns.values()]
+        table.add_row(
+            name, cells[0], "-" if between is None else f"{between[0]:.4g} .. {between[1]:.4g}", *cells[1:]
+        )
+    if result.loss is not None:
+        table.add_row("loss", f"{result.loss:.6g}", "-", "-", "-")
+    table.caption = f"{result.scores.samples} samples, {result.seconds:.1f} s"
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    if len(result.by_slice) > 1:
+        parts = Table(str(result.how["slice_by"]), "samples", *result.scores.values)
+        for name, scores in result.by_slice.items():
+            parts.add_row(name, str(scores.samples), *(_shown(v) for v in scores.values.values()))
+        console.print(parts)
 
 
 def _shown(value: float | int | None) -> str:
@@ -206,7 +277,7 @@ def ask(
 
     Example: phi3v ask runs/demo/export shoe.jpg --prompt "What is this?"
     """
-    from phi3v_dist.evaluate import ask as ask_model
+    from phi3v_dist.answers import ask as ask_model
     from phi3v_dist.restore import find_source, restore_for_answers
 
     if not picture.is_file():

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from launch.description import (
     GRACE_S,
@@ -53,6 +54,19 @@ def launch_local(
         return _run_in_foreground(train, environment)
     options = torchrun_options(Membership(1, 0, count, "127.0.0.1", 0, "local"))
     return run_node(options, train, config.run_dir, environment, GRACE_S).code
+
+
+def launch_here(arguments: Sequence[str], processes: int) -> int:
+    """Runs `phi3v ARGUMENTS` as `processes` ranks on this machine; returns the exit code of the first that
+    failed, else 0. Raises BadInputError for more processes than GPUs, if there are any.
+    """
+    gpus = visible_gpus()
+    if gpus and processes > gpus:
+        raise BadInputError(f"{processes} processes asked for, but {gpus} GPU(s) are visible")
+    options = torchrun_options(Membership(1, 0, processes, "127.0.0.1", 0, "local"))
+    environment = unset_here(rank_environment(processes, gpus > 0, cores()))
+    nowhere = Path(os.devnull)  # no run directory: the exit code is the ranks' own
+    return run_node(options, ["-m", "launch.rank", *arguments], nowhere, environment, GRACE_S).code
 
 
 def visible_gpus() -> int:

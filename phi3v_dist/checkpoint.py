@@ -3,7 +3,7 @@
 A checkpoint `checkpoints/step-000123/` holds one safetensors file per rank (that rank's slices of the float32
 master weights, of Adam's moments and of the frozen weights), `meta.json` (progress, hyper-parameters, shapes,
 file sizes, the model's configuration), the tokenizer, and `COMPLETE`, written last; the directory gets its
-name only then. `latest` names the newest.
+name only then. `latest` names the newest, `best` the one with the best evaluation.
 
 DeepSpeed's own format does not load at another world size, and its universal one loses the parameter groups'
 hyper-parameters (0.19.8); hence this one. It reads ZeRO-3's internals, so DeepSpeed is pinned exactly.
@@ -35,6 +35,7 @@ from shards.format import BadInputError
 META = "meta.json"
 COMPLETE = "COMPLETE"
 LATEST = "latest"
+BEST = "best"
 
 _FORMAT = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,11 +79,12 @@ def save(
     run: dict[str, Any],
     mesh: Mesh,
     keep_last: int,
+    is_best: bool = False,
 ) -> Path:
     """Writes FOLDER/step-N from all ranks together and returns its path; then removes all but the `keep_last`
-    newest.
+    newest and the best.
 
-    run: what else to keep (the resolved configuration, versions).
+    is_best: `best` names it from then on. run: what else to keep (the resolved configuration, versions).
     Raises BadInputError on every rank if any rank could not write; what was there before is untouched.
     """
     target = folder / checkpoint_name(progress.step)
@@ -94,6 +96,8 @@ def save(
 
     def publish() -> None:
         _publish(engine, partial, target, progress, card, run, {n: s for n, s, _ in written})
+        if is_best:
+            point_at_best(target)
         _remove_old(folder, keep_last)
 
     mesh.on_main(lambda: _writing(target, prepare))
@@ -124,6 +128,20 @@ def newest(folder: Path) -> Path | None:
             return target
         _log.warning("%s: not used: %s; falling back to the one before", target, fault)
     return None
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint that `point_at_best` named last, None if there is none or it is not whole."""
+    try:
+        target = folder / (folder / BEST).read_text().strip()
+    except OSError:
+        return None
+    return target if _fault(target) is None else None
+
+
+def point_at_best(target: Path) -> None:
+    """Names `target` the best checkpoint of its folder; it is kept until another is better."""
+    write_atomically(target.parent / BEST, f"{target.name}\n".encode())
 
 
 def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
@@ -295,7 +313,10 @@ def _publish(
 
 
 def _remove_old(folder: Path, keep_last: int) -> None:
+    kept = best(folder)
     for old in sorted(folder.glob("step-*"), reverse=True)[keep_last:]:
+        if old == kept:
+            continue
         # Its name goes first, so that a half-deleted one is never taken for a checkpoint.
         doomed = old.with_name(f".{old.name}.partial")
         os.replace(old, doomed)

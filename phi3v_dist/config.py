@@ -178,6 +178,12 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     """Evaluation during training: the loss on `loss_samples` of the val split and answers to the same
     `generate_samples` of them each time. every_steps 0: at the end alone.
+
+    metrics: names in phi3v_dist.metrics.METRICS, or module:function for your own. slice_by: field of the
+    samples' meta whose values are scored one by one. best_metric: the eval/* metric whose best checkpoint is
+    kept and named `best` (null for none); best_mode: whether less or more of it is better. weights: for the
+    answers whole on every rank, partitioned (slow, for models that do not fit), or auto: whole if there is
+    room.
     """
 
     every_steps: int = Field(500, ge=0)
@@ -185,19 +191,33 @@ class EvalConfig(Section):
     generate_samples: int = Field(16, ge=0)
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(16, ge=1)
+    metrics: list[str] = ["price", "category", "title", "exact_match"]
+    slice_by: str = "category"
+    best_metric: str | None = "eval/loss"
+    best_mode: Literal["min", "max"] = "min"
+    weights: Literal["auto", "whole", "partitioned"] = "auto"
 
 
 class TrackConfig(Section):
-    """W&B and the log. mode auto: online when WANDB_API_KEY is set, else offline. log_every: optimizer
-    steps.
+    """W&B and the log. log_every: optimizer steps.
+
+    mode auto: WANDB_MODE if it is set, else online with a key (WANDB_API_KEY or ~/.netrc), else offline;
+    `phi3v report RUN --sync` uploads what was recorded offline. name: of the W&B run, default the run's.
+    artifacts: the best and the last checkpoint as artifacts, by reference (path and metadata) or with their
+    files. node_metrics: system metrics of every node, not of the first alone (online only). close_timeout_s:
+    the longest wait for W&B at the end of the run.
     """
 
     project: str = "phi3v"
     entity: str | None = None
     group: str | None = None
     tags: list[str] = []
+    name: str | None = None
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     log_every: int = Field(10, ge=1)
+    artifacts: Literal["none", "reference", "files"] = "reference"
+    node_metrics: bool = False
+    close_timeout_s: float = Field(60.0, ge=0)
 
 
 class RunConfig(Section):

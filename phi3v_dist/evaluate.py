@@ -1,199 +1,253 @@
-"""What a model answers: generation on a split (never teacher-forced), its scores, and what to hold them
-against.
+"""How good a model's answers are: loss and generation on a split, scores, how sure they are, and what to hold
+them against.
 
-`answer` writes the replies of a model to samples. `evaluate` scores a model on a split, beside a constant
-predictor and the same model with the pictures swapped between samples. `Validation` does both loss and
-answers in the train loop, on all ranks. Called by the train loop and `phi3v evaluate`.
+`evaluate` scores a model on a split, beside a constant predictor and the same model with the pictures swapped
+between samples; `write_evaluation` puts it into a directory. All ranks call it together; what comes out is
+the same at any number of them. Called by `phi3v evaluate`; the train loop's validation uses the same parts.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
-from phi3v_dist.config import RunConfig
+from phi3v_dist.answers import answer_all
 from phi3v_dist.data.loader import RowMaker
-from phi3v_dist.data.plan import Plan, RankRows
-from phi3v_dist.data.reader import SampleReader
-from phi3v_dist.data.samples import read_samples
-from phi3v_dist.data.tokens import Counter, sample_costs
-from phi3v_dist.metrics import Scores, constant_answer, parse_product, score
-from phi3v_dist.model.hub import build_model
-from phi3v_dist.origin import Origin
+from phi3v_dist.data.plan import MicroRow
+from phi3v_dist.data.samples import Samples
+from phi3v_dist.data.tokens import Counter, SampleCosts, sample_costs
+from phi3v_dist.metrics import constant_answer, find_metrics
+from phi3v_dist.model.row import PackedRow
 from phi3v_dist.parallel.mesh import Mesh
-from phi3v_dist.processor.image import decode_image
-from phi3v_dist.processor.processing import Phi3VProcessor
-from phi3v_dist.processor.prompt import render
-from phi3v_dist.restore import Restored
+from phi3v_dist.parallel.zero import prepare_deepspeed
+from phi3v_dist.processor.geometry import vision_calls_needed
+from phi3v_dist.questions import Questions, read_split
+from phi3v_dist.restore import (
+    Restored,
+    Source,
+    answer_dtype,
+    model_config,
+    processor,
+    restore,
+    restore_partitioned,
+)
+from phi3v_dist.scores import Scores, sample_values, slices, summarise
+from phi3v_dist.whole import keep_whole
 from shards.atomic import write_atomically
-from shards.format import BadInputError, image_tags, read_index
+from shards.format import BadInputError, read_index
 
-_COLUMNS = ["key", "shard", "images", "messages"]
+SCORES, PREDICTIONS, TABLE = "scores.json", "predictions.jsonl", "predictions.parquet"
+THUMBNAILS = 200  # samples whose picture goes into the predictions file
+_ROW_TOKENS = 4096
+_VISION_CHUNK = 64  # views that pass the tower together
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Question:
-    """One sample as a question. prompt: rendered, up to the open reply. truth: the reference reply."""
-
-    key: str
-    prompt: str
-    truth: str
-    pictures: tuple[Image.Image, ...]
-
-
-def read_questions(roots: str | Sequence[str], records: Sequence[dict[str, Any]]) -> list[Question]:
-    """The samples of `records` (rows of the index of the dataset in `roots`, or of several) with their
-    pictures.
-
-    Raises BadInputError naming a sample whose picture cannot be read: leaving it out would flatter the
-    scores.
+class How:
+    """How to evaluate. samples: so many of the split, None for all. slice_by: field of the samples' meta.
+    weights: "whole" on every rank, "partitioned" by ZeRO-3, or "auto". loss: also the loss of the replies.
     """
-    reader = SampleReader(roots)
-    questions = []
-    try:
-        for record in records:
-            try:
-                pictures = tuple(decode_image(data) for data in reader.images(record))
-            except BadInputError as error:
-                raise BadInputError(f"{record['shard']}: sample {record['key']!r}: {error}") from error
-            *before, reply = record["messages"]
-            prompt = render(before, add_generation_prompt=True)
-            questions.append(Question(record["key"], prompt, reply["content"], pictures))
-    finally:
-        reader.close()
-    return questions
 
-
-def answer(
-    model: Any, processor: Phi3VProcessor, questions: Sequence[Question], batch_size: int, max_new_tokens: int
-) -> list[str]:
-    """The model's greedy replies, in order; a batch is padded on the left.
-
-    Questions of similar length share a batch, which changes the time, not the replies.
-    """
-    inputs = [processor(q.prompt, list(q.pictures) or None, return_tensors="pt") for q in questions]
-    order = sorted(range(len(questions)), key=lambda i: (inputs[i]["input_ids"].shape[1], i))
-    replies = [""] * len(questions)
-    for start in range(0, len(order), batch_size):
-        together = order[start : start + batch_size]
-        batch = _pad_left(
-            [inputs[i] for i in together], processor.tokenizer.pad_token_id, model.device, model.dtype
-        )
-        with torch.inference_mode():
-            ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        for i, reply in zip(together, ids[:, batch["input_ids"].shape[1] :], strict=True):
-            replies[i] = processor.tokenizer.decode(reply, skip_special_tokens=True).strip()
-    return replies
-
-
-def ask(restored: Restored, picture: bytes, prompt: str, max_new_tokens: int) -> str:
-    """The reply to one question about one picture (the bytes of an image file).
-
-    Raises BadInputError for a picture that cannot be decoded.
-    """
-    if not image_tags([{"role": "user", "content": prompt}]):
-        prompt = f"<|image_1|>\n{prompt}"
-    rendered = render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    question = Question("", rendered, "", (decode_image(picture),))
-    return answer(restored.model, restored.processor, [question], 1, max_new_tokens)[0]
-
-
-def _pad_left(
-    inputs: Sequence[Any], pad_id: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    width = max(each["input_ids"].shape[1] for each in inputs)
-    ids = torch.full((len(inputs), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(inputs), width), dtype=torch.int64)
-    for place, each in enumerate(inputs):
-        length = each["input_ids"].shape[1]
-        ids[place, width - length :] = each["input_ids"][0]
-        mask[place, width - length :] = 1
-    batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    pictures = [each for each in inputs if "pixel_values" in each]
-    if pictures:
-        batch["pixel_values"] = torch.cat([each["pixel_values"] for each in pictures]).to(device, dtype)
-        batch["image_sizes"] = torch.cat([each["image_sizes"] for each in pictures]).to(device)
-    return batch
-
-
-def swap_pictures(questions: Sequence[Question], seed: int) -> list[Question]:
-    """The same questions, each with the pictures of another one that has as many; one without a partner keeps
-    its own.
-    """
-    swapped = list(questions)
-    by_count: dict[int, list[int]] = {}
-    for place, question in enumerate(questions):
-        by_count.setdefault(len(question.pictures), []).append(place)
-    for places in by_count.values():
-        random.Random(f"swap {seed}").shuffle(places)
-        for here, there in zip(places, places[1:] + places[:1], strict=True):
-            swapped[here] = replace(questions[here], pictures=questions[there].pictures)
-    return swapped
+    split: str = "val"
+    samples: int | None = None
+    swap: bool = True
+    batch_size: int = 16
+    max_new_tokens: int = 64
+    metrics: tuple[str, ...] = ("price", "category", "title", "exact_match")
+    slice_by: str = "category"
+    seed: int = 0
+    loss: bool = True
+    weights: str = "auto"
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """scores: of the model; swapped: with pictures swapped between samples; baseline: of a constant answer
-    made from the train split.
+    made from the train split; by_slice: of each part of the data. rows: key, slice, prompt, truth, prediction
+    and what each metric says, one per sample. pictures: small JPEGs by row. loss: mean over target tokens.
     """
 
     scores: Scores
     swapped: Scores | None
     baseline: Scores | None
-    answers: tuple[str, ...]
-    questions: tuple[Question, ...]
+    by_slice: dict[str, Scores]
+    rows: tuple[dict[str, Any], ...]
+    pictures: dict[int, bytes]
+    loss: float | None
+    seconds: float
+    how: dict[str, Any]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return tuple(row["prediction"] for row in self.rows)
 
 
-def evaluate(
+def evaluate(source: Source, dataset: str, how: How, mesh: Mesh) -> Evaluation:
+    """Answers the samples of a split with the model of `source`, all ranks together.
+
+    Raises BadInputError on every rank for a dataset, picture, metric or size that cannot be used.
+    """
+    find_metrics(how.metrics)
+    if mesh.device.type == "cpu":
+        torch.set_num_threads(1)  # sums depend on the number of threads; ranks are what makes it faster
+    samples = read_split([dataset], how.split, how.samples)
+    if not len(samples):
+        raise BadInputError(f"{dataset}: the split {how.split!r} is empty; nothing to evaluate")
+    questions = Questions(samples)
+    config, dtype = model_config(source), answer_dtype(mesh.device)
+    reader = processor(source)
+    shapes = questions.shapes(reader.tokenizer, reader.num_crops, reader.tile)
+    positions = max(shape.tokens for shape in shapes) + how.max_new_tokens
+    if keep_whole(how.weights, config, dtype, how.batch_size, positions, mesh):
+        restored = restore(source, mesh.device, dtype)
+    else:
+        prepare_deepspeed(mesh)
+        restored = restore_partitioned(source, mesh.device, dtype)
+    loss = _loss_of(restored, samples, mesh) if how.loss else None
+    baseline = _train_replies(dataset)
+    return score_answers(restored, questions, how, mesh, loss, baseline)
+
+
+def score_answers(
     restored: Restored,
-    dataset: str,
-    split: str,
-    samples: int | None,
-    swap: bool,
-    batch_size: int,
-    max_new_tokens: int,
+    questions: Questions,
+    how: How,
+    mesh: Mesh,
+    loss: float | None = None,
+    train_replies: Sequence[str] = (),
 ) -> Evaluation:
-    """Answers `samples` (None: all) of a split. Raises BadInputError for a dataset that cannot be read."""
-    index = read_index(dataset, split, _COLUMNS)
-    questions = read_questions(dataset, index.take(pa.array(_spread(index.num_rows, samples))).to_pylist())
-    if not questions:
-        raise BadInputError(f"{dataset}: the split {split!r} is empty; nothing to evaluate")
-    truths = [question.truth for question in questions]
+    """Answers `questions` and scores the answers; the same on every rank."""
+    began = time.perf_counter()
+    metrics = find_metrics(how.metrics)
+    truths, parts = questions.truths, questions.parts(how.slice_by)
 
-    def scored(asked: Sequence[Question]) -> tuple[Scores, list[str]]:
-        answers = answer(restored.model, restored.processor, asked, batch_size, max_new_tokens)
-        return score(truths, answers), answers
+    def values_of(asked: Questions, thumbnails: int) -> tuple[list[dict[str, float | None]], list[str], Any]:
+        said, small = answer_all(restored, asked, mesh, how.batch_size, how.max_new_tokens, thumbnails)
+        return sample_values(metrics, truths, said), said, small
 
-    scores, answers = scored(questions)
-    swapped = scored(swap_pictures(questions, 0))[0] if swap else None
-    train = _train_replies(dataset)
-    baseline = score(truths, [constant_answer(train)] * len(truths)) if train else None
-    return Evaluation(scores, swapped, baseline, tuple(answers), tuple(questions))
+    values, answers, pictures = values_of(questions, THUMBNAILS)
+    swapped = summarise(values_of(questions.swapped(how.seed), 0)[0], how.seed) if how.swap else None
+    constant = [constant_answer(train_replies)] * len(truths)
+    baseline = summarise(sample_values(metrics, truths, constant), how.seed) if train_replies else None
+    rows = tuple(
+        {"key": key, "slice": part, "prompt": prompt, "truth": truth, "prediction": said, **value}
+        for key, part, prompt, truth, said, value in zip(
+            questions.keys, parts, questions.prompts, truths, answers, values, strict=True
+        )
+    )
+    return Evaluation(
+        summarise(values, how.seed), swapped, baseline, slices(values, parts, how.seed), rows, pictures, loss,
+        time.perf_counter() - began, {k: v for k, v in asdict(how).items() if k != "weights"},
+    )  # fmt: skip
+
+
+def split_loss(
+    forward: Callable[[PackedRow], torch.Tensor],
+    maker: RowMaker,
+    costs: SampleCosts,
+    row_tokens: int,
+    mesh: Mesh,
+) -> tuple[float, list[str]]:
+    """The mean negative log likelihood of all target tokens of the samples of `maker` that have at most
+    `row_tokens` tokens, and why which of them were left out. costs: of them. forward: of a packed row on the
+    device; all ranks call it as often, as ZeRO-3 needs it.
+
+    The rows do not depend on the ranks and are added up in their order: the same at any number of them.
+    """
+    rows = _loss_rows(costs.tokens, row_tokens)
+    views = [int(costs.tiles[row].sum() + costs.pictures[row].sum()) for row in rows]
+    calls = vision_calls_needed(max(views, default=0), 0, _VISION_CHUNK)
+    reader = maker.reader()
+    found: list[tuple[int, int, float]] = []
+    targets: dict[int, int] = {}
+    bad: list[str] = []
+    try:
+        with torch.no_grad():
+            for first in range(0, len(rows), mesh.dp_size):
+                number = first + mesh.dp_rank
+                here = rows[number] if number < len(rows) else np.empty(0, np.int64)
+                loaded = maker.load(MicroRow(here, calls), reader)
+                nll = float(forward(loaded.row.to(mesh.device)))
+                bad += loaded.bad
+                if len(here):
+                    found.append((number, mesh.rank, nll))
+                    targets[number] = loaded.row.num_targets
+    finally:
+        reader.close()
+    shares = mesh.gather((found, targets, bad))
+    total = math.fsum(nll for _, _, nll in sorted(entry for share, _, _ in shares for entry in share))
+    counted = {number: count for _, share, _ in shares for number, count in share.items()}
+    return total / max(1, sum(counted.values())), sorted({each for _, _, share in shares for each in share})
+
+
+def _loss_rows(tokens: np.ndarray, row_tokens: int) -> list[np.ndarray]:
+    """Samples that share a row, in their order; those that fit into none are left out."""
+    rows: list[list[int]] = []
+    room = 0
+    for sample in np.flatnonzero(tokens <= row_tokens).tolist():
+        if not rows or tokens[sample] > room:
+            rows.append([])
+            room = row_tokens
+        rows[-1].append(sample)
+        room -= int(tokens[sample])
+    return [np.array(row, dtype=np.int64) for row in rows]
+
+
+def _loss_of(restored: Restored, samples: Samples, mesh: Mesh) -> float:
+    ours = restored.processor
+    tokenizer, tile = ours.tokenizer, ours.tile
+    costs = sample_costs(samples, Counter(tokenizer, ours.num_crops, tile))
+    maker = RowMaker(samples, tokenizer, ours.num_crops, tile, tokenizer.pad_token_id)
+    row_tokens = max(_ROW_TOKENS, int(costs.tokens.max()))
+    loss, bad = split_loss(lambda row: restored.model(row=row), maker, costs, row_tokens, mesh)
+    if bad:
+        raise BadInputError(f"{len(bad)} samples cannot be read, the first is {bad[0]}")
+    return loss
 
 
 def write_evaluation(evaluation: Evaluation, out: Path) -> None:
-    """OUT/predictions.jsonl, then OUT/scores.json."""
+    """OUT/predictions.jsonl and .parquet (with small pictures), then OUT/scores.json."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {"key": q.key, "prompt": q.prompt, "truth": q.truth, "prediction": a}
-        for q, a in zip(evaluation.questions, evaluation.answers, strict=True)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(out / "predictions.jsonl", text.encode())
-    scores = {
-        name: asdict(value)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.rows)
+    write_atomically(out / PREDICTIONS, text.encode())
+    table = pa.Table.from_pylist(
+        [{**row, "picture": evaluation.pictures.get(place)} for place, row in enumerate(evaluation.rows)]
+    )
+    packed = io.BytesIO()
+    pq.write_table(table, packed)
+    write_atomically(out / TABLE, packed.getvalue())
+    write_atomically(out / SCORES, (json.dumps(scores_json(evaluation), indent=1) + "\n").encode())
+
+
+def scores_json(evaluation: Evaluation) -> dict[str, Any]:
+    """What scores.json holds: scores, swapped, baseline, slices (values by name), intervals of the scores."""
+    found: dict[str, Any] = {
+        name: scores.as_dict()
         for name in ("scores", "swapped", "baseline")
-        if (value := getattr(evaluation, name)) is not None
+        if (scores := getattr(evaluation, name)) is not None
     }
-    write_atomically(out / "scores.json", (json.dumps(scores, indent=1) + "\n").encode())
+    if evaluation.loss is not None:
+        found["scores"]["loss"] = evaluation.loss
+    return {
+        **found,
+        "intervals": evaluation.scores.intervals,
+        "counted": evaluation.scores.counted,
+        "slices": {name: scores.as_dict() for name, scores in evaluation.by_slice.items()},
+        "how": evaluation.how,
+    }
 
 
 def _train_replies(dataset: str) -> list[str]:
@@ -202,116 +256,3 @@ def _train_replies(dataset: str) -> list[str]:
     except BadInputError:  # a dataset of one split: then there is no constant to learn
         return []
     return [each[-1]["content"] for each in messages]
-
-
-def _spread(total: int, wanted: int | None) -> list[int]:
-    """`wanted` of the numbers 0 .. total - 1, evenly spread; the same ones every time."""
-    if wanted is None or wanted >= total:
-        return list(range(total))
-    return [i * total // wanted for i in range(wanted)]
-
-
-class Validation:
-    """Loss and answers on the val split during training, on all ranks together; `run` at any step.
-
-    The loss goes through the ZeRO-3 engine over packed rows. For the answers the weights are gathered once
-    into a plain copy of the model on every rank, and each rank answers its share: ZeRO-3 would gather every
-    layer for every token. The copy is made at the first call and kept.
-    """
-
-    def __init__(self, config: RunConfig, origin: Origin, engine: Any, mesh: Mesh) -> None:
-        self._config, self._origin, self._engine, self._mesh = config, origin, engine, mesh
-        self._copy: Any = None
-        data = config.data
-        samples = read_samples(data.paths, data.val_split, may_lack=True)
-        self._samples = samples.take(_spread(len(samples), config.eval.loss_samples))
-        tile = origin.model_config.tile
-        costs = sample_costs(self._samples, Counter(origin.tokenizer, data.num_crops, tile))
-        self._plan = (
-            Plan(costs, data.seq_len, 0, mesh.dp_size, shuffle=False, over_long="drop")
-            if len(costs)
-            else None
-        )
-        self._maker = RowMaker(
-            self._samples, origin.tokenizer, data.num_crops, tile, origin.tokenizer.pad_token_id
-        )
-        self._processor = Phi3VProcessor(tokenizer=origin.tokenizer, num_crops=data.num_crops, tile=tile)
-
-    def run(self) -> tuple[dict[str, float | int | None], list[dict[str, Any]]]:
-        """Metrics with keys eval/*, and rows for the table of predictions (the same on every rank)."""
-        if self._plan is None:
-            return {}, []
-        metrics: dict[str, float | int | None] = {"eval/loss": self._loss(self._plan)}
-        rows = self._answers() if self._config.eval.generate_samples else []
-        if rows:
-            scores = score([row["truth"] for row in rows], [row["prediction"] for row in rows])
-            metrics |= {f"eval/{name}": value for name, value in asdict(scores).items() if name != "samples"}
-        return metrics, rows
-
-    def _loss(self, plan: Plan) -> float:
-        end_row = plan.end_row(1)
-        mine = RankRows(
-            plan,
-            self._mesh.dp_rank,
-            self._mesh.dp_size,
-            self._config.model.vision_chunk,
-            0,
-            plan.steps_of(1),
-            end_row,
-        )
-        reader = self._maker.reader()
-        nll = targets = 0.0
-        self._engine.eval()
-        try:
-            with torch.no_grad():
-                for micro in mine:
-                    row = self._maker.load(micro, reader).row
-                    nll += float(self._engine(row=row.to(self._mesh.device)))
-                    targets += row.num_targets
-        finally:
-            self._engine.train()
-            reader.close()
-        nll, targets = self._mesh.sum([nll, targets])
-        return nll / max(1.0, targets)
-
-    def _answers(self) -> list[dict[str, Any]]:
-        first = range(min(len(self._samples), self._config.eval.generate_samples))
-        questions = read_questions(self._config.data.paths, list(self._samples.records(first)))
-        mine = questions[self._mesh.dp_rank :: self._mesh.dp_size]
-        model = self._gather()
-        evaluation = self._config.eval
-        replies = (
-            answer(model, self._processor, mine, evaluation.batch_size, evaluation.max_new_tokens)
-            if mine
-            else []
-        )
-        shares = self._mesh.gather(replies)
-        rows = []
-        for place, question in enumerate(questions):
-            reply = shares[place % self._mesh.dp_size][place // self._mesh.dp_size]
-            truth, said = parse_product(question.truth), parse_product(reply)
-            error = None if truth.price is None or said.price is None else abs(truth.price - said.price)
-            rows.append(
-                {
-                    "picture": question.pictures[0] if question.pictures else Image.new("RGB", (1, 1)),
-                    "prompt": question.prompt,
-                    "truth": question.truth,
-                    "prediction": reply,
-                    "price_error": error,
-                }
-            )
-        return rows
-
-    def _gather(self) -> Any:
-        """A plain copy of the model with today's weights."""
-        import deepspeed
-
-        if self._copy is None:
-            dtype = torch.bfloat16 if self._config.model.dtype == "bfloat16" else torch.float32
-            self._copy = build_model(self._origin.model_config, dtype).to(self._mesh.device).eval()
-        with torch.no_grad():
-            pairs = zip(self._copy.parameters(), self._engine.module.parameters(), strict=True)
-            for plain, partitioned in pairs:
-                with deepspeed.zero.GatheredParameters(partitioned):
-                    plain.copy_(partitioned)
-        return self._copy

@@ -71,3 +71,10 @@ def set_learning_rate(groups: Sequence[dict[str, Any]], rate: float) -> None:
     """Gives every group `rate` times its lr_scale."""
     for group in groups:
         group["lr"] = rate * group["lr_scale"]
+
+
+def group_rates(engine: Any) -> dict[str, float]:
+    """The learning rate of each group (vision, projector, decoder) of a DeepSpeed engine that learns."""
+    return {
+        str(group["name"]).removesuffix(" vectors"): group["lr"] for group in engine.optimizer.param_groups
+    }

@@ -1,6 +1,8 @@
 """A trained model from whatever names one: a run, a checkpoint, or a directory in the published layout.
 
-Out: a plain model on one device, its tokenizer and processor. Called by evaluation and export.
+A run may be followed by which of its checkpoints is meant: `runs/x:best`, `runs/x:latest`, `runs/x:1500`.
+Out: a model on this rank's device, whole or partitioned over the ranks by ZeRO-3, its tokenizer and
+processor. Called by evaluation and export.
 """
 
 from __future__ import annotations
@@ -35,24 +37,28 @@ class Source:
 
 @dataclass(frozen=True)
 class Restored:
-    """A model in eval mode and what it needs to answer."""
+    """A model in eval mode and what it needs to answer. partitioned: ZeRO-3 holds a part of every weight on
+    each rank, so that all ranks must call it together.
+    """
 
     model: Phi3VForCausalLM
     config: Phi3VConfig
     processor: Phi3VProcessor
+    device: torch.device
+    dtype: torch.dtype
+    partitioned: bool = False
 
 
-def find_source(path: str | Path) -> Source:
-    """A run directory stands for its newest complete checkpoint.
+def find_source(named: str | Path) -> Source:
+    """A run directory stands for its newest complete checkpoint; RUN:best, RUN:latest and RUN:STEP name one.
 
-    Raises BadInputError if `path` is none of the three.
+    Raises BadInputError if `named` is none of the three, or the run has no such checkpoint.
     """
-    path = Path(path)
+    path, which = _split(named)
     if (path / CHECKPOINTS).is_dir():
-        newest = checkpoint.newest(path / CHECKPOINTS)
-        if newest is None:
-            raise BadInputError(f"{path}: this run has no complete checkpoint yet")
-        path = newest
+        path = _checkpoint(path, which)
+    elif which is not None:
+        raise BadInputError(f"{named}: {path} is no run, so it has no checkpoint {which!r}")
     if (path / checkpoint.META).exists():
         return Source(path, int(checkpoint.read_meta(path)["progress"]["step"]))
     if (path / "config.json").exists():
@@ -62,27 +68,91 @@ def find_source(path: str | Path) -> Source:
     )
 
 
+def _split(named: str | Path) -> tuple[Path, str | None]:
+    """(path, which checkpoint); a path that exists as it stands is taken as it stands."""
+    if Path(named).exists():
+        return Path(named), None
+    head, colon, which = str(named).rpartition(":")
+    return (Path(head), which) if colon and head else (Path(named), None)
+
+
+def _checkpoint(run_dir: Path, which: str | None) -> Path:
+    folder = run_dir / CHECKPOINTS
+    if which in (None, "latest"):
+        newest = checkpoint.newest(folder)
+        if newest is None:
+            raise BadInputError(f"{run_dir}: this run has no complete checkpoint yet")
+        return newest
+    if which == "best":
+        best = checkpoint.best(folder)
+        if best is None:
+            raise BadInputError(
+                f"{run_dir}: no best checkpoint; one is kept once an evaluation in training has "
+                "eval.best_metric"
+            )
+        return best
+    step = (which or "").removeprefix("step-")
+    if not step.isdigit():
+        raise BadInputError(f"{run_dir}:{which}: name a checkpoint as best, latest or a step, such as 1500")
+    target = folder / checkpoint.checkpoint_name(int(step))
+    if not target.is_dir():
+        there = ", ".join(sorted(p.name.removeprefix("step-").lstrip("0") for p in folder.glob("step-*")))
+        raise BadInputError(f"{run_dir}: no checkpoint of step {int(step)}; there are: {there or 'none'}")
+    return target
+
+
 def restore(source: Source, device: torch.device | str, dtype: torch.dtype) -> Restored:
-    """Builds the model of `source` on `device` in `dtype`."""
+    """Builds the model of `source` on `device` in `dtype`, whole."""
     config = model_config(source)
     model = build_model(config, dtype)
-    if source.is_checkpoint:
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in checkpoint.read_tensors(source.directory):
-                parameters.pop(name).copy_(tensor)
-        if parameters:
-            raise BadInputError(f"{source.directory}: no tensor {next(iter(parameters))}; not of this model")
-    else:
+    _fill(model, source)
+    return Restored(model.to(device).eval(), config, processor(source), torch.device(device), dtype)
+
+
+def restore_partitioned(source: Source, device: torch.device, dtype: torch.dtype) -> Restored:
+    """Builds the model of `source` with its weights spread over all ranks by ZeRO-3; each reads its part."""
+    import deepspeed
+
+    config = model_config(source)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    model = build_model(config, dtype, settings)
+    _fill(model, source)
+    engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
+    return Restored(engine.module.eval(), config, processor(source), device, dtype, partitioned=True)
+
+
+def _fill(model: Phi3VForCausalLM, source: Source) -> None:
+    if not source.is_checkpoint:
         load_weights(model, source.directory)
-    return Restored(model.to(device).eval(), config, processor(source))
+        return
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in checkpoint.read_tensors(source.directory):
+            parameter = parameters.pop(name)
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.copy_(tensor)
+                continue
+            own = parameter.ds_tensor.zero_()  # DeepSpeed 0.19.8: flat, padded at the end of the last rank's
+            start = parameter.ds_zero_partition_rank * own.numel()
+            part = tensor.reshape(-1)[start : start + own.numel()]
+            own.narrow(0, 0, part.numel()).copy_(part)
+    if parameters:
+        raise BadInputError(f"{source.directory}: no tensor {next(iter(parameters))}; not of this model")
+
+
+def answer_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def restore_for_answers(source: Source) -> Restored:
-    """On the GPU in bfloat16 if there is one, else on the CPU in float32."""
-    if torch.cuda.is_available():
-        return restore(source, "cuda", torch.bfloat16)
-    return restore(source, "cpu", torch.float32)
+    """Whole, on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return restore(source, device, answer_dtype(device))
 
 
 def model_config(source: Source) -> Phi3VConfig:

@@ -1,144 +1,152 @@
-"""Where the numbers go: metrics.jsonl always, W&B when it can, one line for whoever watches.
+"""Where the numbers go: metrics.jsonl always, W&B when it can.
 
-In: dicts of metrics with the optimizer step. Called by the train loop on the main rank. W&B never stops a
-run: its failures are logged once and it is left alone from then on.
+In: dicts of metrics with the optimizer step, one a step at most. Out: RUN/metrics.jsonl, which is the truth,
+and a W&B run that mirrors it from a thread (`wandb_run`). Nothing that fails here stops a run. Called by the
+train loop on the main rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import netrc
 import os
-import secrets
+import resource
+import time
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import psutil
 
 from phi3v_dist.config import RunConfig
+from phi3v_dist.wandb_run import Mirror
 from shards.atomic import write_atomically
 
 METRICS = "metrics.jsonl"
-_RUN_ID = "wandb_id"
+STARTS = "starts.jsonl"
+STEP = "train/global_step"
+_WAITING = 10_000  # lines kept in memory while the disk takes none
 _log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The metrics of a run; `log`, `log_predictions`, `close`.
+    """The metrics of a run; `log`, `close`.
 
     from_step: the step that the run goes on from; lines of later steps, left by a killed process, are cut
-    off. about: what the W&B run's configuration holds beside the resolved configuration.
+    off: they come again. about: what the W&B run's configuration holds beside the resolved configuration.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, from_step: int, about: dict[str, Any]) -> None:
         self._path = run_dir / METRICS
-        self._cut_after(from_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._run: Any = None
-        self._table: Any = None
-        mode = config.track.mode
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
-            return
-        try:
-            self._run = _start_wandb(config, run_dir, mode, about)
-        except Exception as error:  # whatever W&B raises must not stop training
-            self._give_up(error)
-
-    @property
-    def wandb_dir(self) -> str | None:
-        """The directory of the W&B run's files, None without one."""
-        return str(Path(self._run.dir).parent) if self._run is not None else None
+        self._waiting: deque[bytes] = deque(maxlen=_WAITING)
+        self._complained = False
+        cut_after(self._path, from_step)
+        _record_start(run_dir, from_step, about)
+        mode = resolve_mode(config)
+        self.mirror = None if mode == "disabled" else Mirror(config, run_dir, mode, about)
 
     def log(self, step: int, metrics: dict[str, float | int | None]) -> None:
-        """Writes one line of metrics at optimizer step `step`; None values are left out."""
+        """Writes one line of metrics at optimizer step `step`; what is None or not finite is left out."""
         finite = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
-        self._file.write(json.dumps({"train/global_step": step, **finite}) + "\n")
-        self._file.flush()
-        if self._run is not None:
-            try:
-                self._run.log({"train/global_step": step, **finite})
-            except Exception as error:
-                self._give_up(error)
-
-    def log_predictions(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Adds rows to the table eval/predictions: picture (PIL image), prompt, truth, prediction,
-        price_error.
-        """
-        if self._run is None:
-            return
-        try:
-            import wandb
-
-            columns = ["step", "picture", "prompt", "truth", "prediction", "price_error"]
-            if self._table is None:
-                self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL")
-            for row in rows:
-                self._table.add_data(
-                    step,
-                    wandb.Image(row["picture"]),
-                    row["prompt"],
-                    row["truth"],
-                    row["prediction"],
-                    row["price_error"],
-                )
-            self._run.log({"train/global_step": step, "eval/predictions": self._table})
-        except Exception as error:
-            self._give_up(error)
-
-    def close(self, exit_code: int = 0) -> None:
-        self._file.close()
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=exit_code)
-            except Exception as error:
-                self._give_up(error)
+        line = {STEP: step, **finite, "time/unix": round(time.time(), 3)}
+        self._waiting.append((json.dumps(line) + "\n").encode())
+        self._write()
+        if self.mirror is not None:
+            self.mirror.wake()
 
     def preempting(self) -> None:
-        """Tells W&B that this run was stopped from outside and will go on."""
-        if self._run is not None:
-            try:
-                self._run.mark_preempting()
-            except Exception as error:
-                self._give_up(error)
+        """Tells W&B, at the close, that this run was stopped from outside and will go on."""
+        if self.mirror is not None:
+            self.mirror.preempting = True
 
-    def _give_up(self, error: Exception) -> None:
-        first = next(iter(str(error).splitlines()), "")
-        _log.warning("W&B failed (%s: %s); going on without it", type(error).__name__, first)
-        self._run = None
+    def close(self, exit_code: int = 0) -> None:
+        """Writes what is left and waits for W&B, track.close_timeout_s at most."""
+        self._write()
+        if self.mirror is not None:
+            self.mirror.close(exit_code)
 
-    def _cut_after(self, step: int) -> None:
-        if not self._path.exists():
+    def _write(self) -> None:
+        """Appends the waiting lines whole; if the disk does not take them they wait for the next step."""
+        data = b"".join(self._waiting)
+        try:
+            with self._path.open("ab", buffering=0) as stream:
+                size = stream.tell()
+                try:
+                    done = stream.write(data)
+                    if done < len(data):
+                        raise OSError(28, "No space left on device")
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        stream.truncate(size)
+                    raise
+        except OSError as error:
+            if not self._complained:
+                _log.warning("%s: cannot be written (%s); lines wait in memory", self._path, error.strerror)
+            self._complained = True
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["train/global_step"] <= step
-        ]
-        if kept != lines:
-            write_atomically(self._path, "".join(kept).encode())
+        self._waiting.clear()
+        self._complained = False
 
 
-def _start_wandb(config: RunConfig, run_dir: Path, mode: Any, about: dict[str, Any]) -> Any:
-    import wandb
+def host_memory() -> dict[str, float | int | None]:
+    """mem/host_gb: of this process and its children (data workers, W&B) now; mem/host_peak_gb: the most that
+    this process alone has had. In GB (10^9 bytes).
+    """
+    process = psutil.Process()
+    total = process.memory_info().rss
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            total += child.memory_info().rss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"mem/host_gb": total / 1e9, "mem/host_peak_gb": peak / 1e9}
 
-    # Pictures of tables are staged there for upload; by default in the home, which nodes may not share.
-    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb" / "data").absolute()))
-    record = run_dir / _RUN_ID
-    if not record.exists():
-        write_atomically(record, secrets.token_hex(4).encode())
-    run = wandb.init(
-        project=config.track.project,
-        entity=config.track.entity,
-        group=config.track.group,
-        tags=config.track.tags,
-        name=config.name,
-        id=record.read_text().strip(),
-        resume="allow",
-        mode=mode,
-        dir=str(run_dir),
-        config={**config.model_dump(mode="json"), **about},
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    run.define_metric("train/global_step")
-    run.define_metric("*", step_metric="train/global_step")
-    return run
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order; a half-written last one is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Removes the lines of steps after `step`, and a half-written one."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)[STEP] <= step]
+    if kept != lines:
+        write_atomically(path, "".join(kept).encode())
+
+
+def resolve_mode(config: RunConfig) -> Literal["online", "offline", "disabled"]:
+    """How W&B is used: track.mode, WANDB_MODE where that is auto, else by whether there is a key."""
+    asked = os.environ.get("WANDB_MODE", "")
+    if config.track.mode == "disabled" or asked == "disabled":
+        return "disabled"
+    if config.track.mode in ("online", "offline"):
+        return "online" if config.track.mode == "online" else "offline"
+    if asked in ("online", "offline"):
+        return "online" if asked == "online" else "offline"
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_key() else "offline"
+
+
+def _netrc_key() -> bool:
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _record_start(run_dir: Path, from_step: int, about: dict[str, Any]) -> None:
+    """Appends to RUN/starts.jsonl: when the run started or went on, where, with how many ranks."""
+    fields = {"step": from_step, "time": round(time.time(), 3)}
+    fields |= {name: about[name] for name in ("world_size", "host", "job", "git") if name in about}
+    try:
+        with (run_dir / STARTS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(fields) + "\n")
+    except OSError as error:
+        _log.warning("%s: cannot be written (%s)", run_dir / STARTS, error.strerror)

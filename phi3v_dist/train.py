@@ -16,29 +16,29 @@ import math
 import signal
 import time
 from dataclasses import astuple, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from phi3v_dist import __version__, checkpoint
+from phi3v_dist import checkpoint
 from phi3v_dist.checkpoint import ModelCard, Progress
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import LoadedRow, RowCounts, load_rows
 from phi3v_dist.data.plan import RankRows, StepRows
 from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
 from phi3v_dist.data.quarantine import Quarantine
-from phi3v_dist.evaluate import Validation
 from phi3v_dist.exits import DivergedError, PreemptedError
 from phi3v_dist.model.hub import build_model, load_weights
-from phi3v_dist.optim import freeze, learning_rate, parameter_groups, set_learning_rate
+from phi3v_dist.optim import freeze, group_rates, learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.origin import Origin, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
+from phi3v_dist.provenance import provenance
 from phi3v_dist.rundir import CHECKPOINTS, DATA, open_run_dir
-from phi3v_dist.track import Tracker
+from phi3v_dist.track import Tracker, host_memory
+from phi3v_dist.validation import BestSoFar, Validation
 from shards.format import BadInputError
 
 _log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
     card = ModelCard(origin.model_config.to_dict(), config.data.num_crops, origin.tokenizer_dir)
     about = _about(config, fingerprint, mesh, engine)
     tracker = Tracker(config, run_dir, progress.step, about) if mesh.is_main else None
+    best = BestSoFar(config)
 
     _log.info(
         "%s: %d steps of %d rows on %d ranks x %d accumulation steps, %d samples, %.1f%% fill; ZeRO-3 keeps "
@@ -112,31 +113,45 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
             )
             done = progress.step == steps
 
-            if done or progress.step % config.track.log_every == 0:
+            validating = done or (config.eval.every_steps and progress.step % config.eval.every_steps == 0)
+            saving = done or stopping or progress.step % config.checkpoint.every_steps == 0
+            metrics: dict[str, float | int | None] = {}
+            # Windows end where checkpoints are, so that a run that was interrupted has the same lines.
+            if done or saving or progress.step % config.track.log_every == 0:
                 metrics = window.metrics(engine, rate, step_rows.epoch, progress, config.data.seq_len, mesh)
                 _log.info(_line(progress.step, steps, metrics))
-                if tracker is not None:
-                    tracker.log(progress.step, metrics)
                 window = Window()
-            if done or (config.eval.every_steps and progress.step % config.eval.every_steps == 0):
+            if validating:
                 began = time.perf_counter()
-                scores, table = validation.run()
+                scores = validation.run(progress.step)
                 window.exclude(time.perf_counter() - began)
                 _log.info(
                     "step %d  %s",
                     progress.step,
                     "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None),
                 )
-                if tracker is not None:
-                    tracker.log(progress.step, scores)
-                    tracker.log_predictions(progress.step, table)
-            if done or stopping or progress.step % config.checkpoint.every_steps == 0:
+                metrics |= scores
+            is_best = best.improves(metrics)
+            # The line comes before the checkpoint: whoever goes on from it finds all lines up to it.
+            if tracker is not None and metrics:
+                tracker.log(progress.step, metrics)
+            if saving or is_best:
                 began = time.perf_counter()
                 saved = checkpoint.save(
-                    engine, run_dir / CHECKPOINTS, progress, card, about, mesh, config.checkpoint.keep_last
+                    engine,
+                    run_dir / CHECKPOINTS,
+                    progress,
+                    card,
+                    about,
+                    mesh,
+                    config.checkpoint.keep_last,
+                    is_best,
                 )
-                window.exclude(time.perf_counter() - began)
-                _log.info("step %d  saved %s in %.1f s", progress.step, saved, time.perf_counter() - began)
+                if is_best:
+                    best.record(progress.step, metrics, mesh)
+                window.saved_in = time.perf_counter() - began
+                window.exclude(window.saved_in)
+                _log.info("step %d  saved %s in %.1f s", progress.step, saved, window.saved_in)
             if stopping and not done:
                 if tracker is not None:
                     tracker.preempting()
@@ -246,6 +261,7 @@ class Window:
     waited: float = 0.0
     busy: float = 0.0
     excluded: float = 0.0
+    saved_in: float | None = None  # seconds that the last checkpoint held the run up
 
     def add(
         self,
@@ -274,6 +290,7 @@ class Window:
         metrics: dict[str, float | int | None] = {
             "train/loss": self.nll / max(1, self.targets),
             "train/learning_rate": rate,
+            **{f"train/learning_rate/{name}": each for name, each in group_rates(engine).items()},
             "train/grad_norm": self.grad_norm,
             "train/epoch": epoch,
             "train/tokens_seen": progress.tokens,
@@ -282,8 +299,10 @@ class Window:
             "perf/tokens_per_second_per_gpu": speed / mesh.size,
             "time/step": self.busy / self.steps,
             "time/data_wait": self.waited / self.steps,
+            "time/checkpoint": self.saved_in,
             **self.counts.metrics(self.rows, seq_len),
             "data/bad_samples": progress.bad_samples,
+            **host_memory(),
         }
         if mesh.device.type == "cuda":
             metrics["mem/peak_allocated_gb"] = torch.cuda.max_memory_allocated(mesh.device) / 1e9
@@ -342,12 +361,7 @@ def _make_engine(config: RunConfig, origin: Origin, accumulation: int) -> Any:
 def _about(config: RunConfig, fingerprint: str, mesh: Mesh, engine: Any) -> dict[str, Any]:
     """What made this run, for checkpoints and W&B."""
     return {
-        "config": config.model_dump(mode="json"),
-        "data_fingerprint": fingerprint,
+        **provenance(config, fingerprint),
         "world_size": mesh.size,
         "zero_stage": int(engine.zero_optimization_stage()),
-        "versions": {
-            "phi3v-dist": __version__,
-            **{name: version(name) for name in ("torch", "transformers", "deepspeed")},
-        },
     }

@@ -1,8 +1,18 @@
 """What an answer is worth: honest parsing, honest scores."""
 
+import math
+
 import pytest
 
-from phi3v_dist.metrics import constant_answer, parse_price, parse_product, score
+from phi3v_dist.metrics import METRICS, anls, constant_answer, find_metrics, parse_price, parse_product
+from phi3v_dist.scores import Scores, sample_values, slices, summarise
+from shards.format import BadInputError
+
+
+def score(truths: list[str], answers: list[str]) -> Scores:
+    return summarise(
+        sample_values([METRICS[n] for n in ("price", "category", "title", "exact_match")], truths, answers)
+    )
 
 
 @pytest.mark.parametrize(
@@ -12,15 +22,30 @@ from phi3v_dist.metrics import constant_answer, parse_price, parse_product, scor
         ("$1,290.50", 1290.5),
         ("EUR 1290", 1290.0),
         ("1,234,567", 1234567.0),
+        ("1.290,50 €", 1290.5),
+        ("12,5", 12.5),
+        ("€ 1.290", 1290.0),
+        ("1 290,50", 1290.5),
+        ("1'290.50", 1290.5),
+        ("1,00,000", 100000.0),
+        ("Rs. 500", 500.0),
+        ("0.125", 0.125),
+        ("$12.", 12.0),
+        ("1.290", None),  # 1.29 or 1290?
         ("about 3 or 4", None),
         ("", None),
         ("none", None),
         ("-5", None),
         ("1.2.3", None),
-        ("12,5", None),
+        ("10, 20", None),
+        ("12k", None),
+        ("12.5 million", None),
+        ("5%", None),
+        ("A4", None),
+        ("1e3", None),
     ],
 )
-def test_a_price_is_one_number_or_nothing(text: str, price: float | None) -> None:
+def test_a_price_is_one_number_that_reads_in_one_way_or_nothing(text: str, price: float | None) -> None:
     assert parse_price(text) == price
 
 
@@ -38,12 +63,51 @@ def test_scores_count_what_cannot_be_read_as_wrong_but_not_as_a_price_error() ->
     answers = [truths[0], "Title: T1\nCategory: C\nPrice: 111", "nothing", "Title: T3\nCategory: X\nPrice: ?"]
     scores = score(truths, answers)
     assert scores.samples == 4
-    assert scores.price_mae == pytest.approx(5.0)  # (0 + 10) / 2
-    assert scores.price_parse_rate == 0.5
-    assert (scores.category_accuracy, scores.title_accuracy, scores.exact_match) == (0.5, 0.75, 0.25)
-    assert score(truths, ["?"] * 4).price_mae is None
+    assert scores.values["price_mae"] == pytest.approx(5.0)  # (0 + 10) / 2
+    assert scores.values["price_mape"] == pytest.approx(10 / 101 / 2)
+    assert scores.values["price_median_ape"] == pytest.approx(10 / 101 / 2)
+    assert scores.values["price_parse_rate"] == 0.5 and scores.counted["price_mae"] == 2
+    names = ("category_accuracy", "title_accuracy", "exact_match")
+    assert [scores.values[name] for name in names] == [0.5, 0.75, 0.25]
+    assert score(truths, ["?"] * 4).values["price_mae"] is None
     with pytest.raises(ValueError, match="no answers"):
         score([], [])
+
+
+def test_intervals_hold_the_value_and_shrink_with_more_samples() -> None:
+    rows = [{"x": float(i % 10), "x_median": float(i % 10)} for i in range(40)]
+    few, many = summarise(rows[:20], 1), summarise(rows * 20, 1)
+    for scores in (few, many):
+        for name in ("x", "x_median"):
+            interval = scores.intervals[name]
+            assert interval is not None and interval[0] <= (scores.values[name] or 0) <= interval[1]
+    assert few.intervals["x"] is not None and many.intervals["x"] is not None
+    assert math.dist(few.intervals["x"][:1], few.intervals["x"][1:]) > 2 * math.dist(
+        many.intervals["x"][:1], many.intervals["x"][1:]
+    )
+    assert summarise(rows, 1) == summarise(rows[::-1], 1) != summarise(rows, 2)
+
+
+def test_slices_share_out_the_rows() -> None:
+    found = slices([{"x": 1.0}, {"x": 3.0}, {"x": None}, {"x": 5.0}], ["a", "b", "b", None])
+    assert list(found) == ["b", "a"]
+    assert (found["b"].samples, found["b"].values["x"], found["a"].values["x"]) == (2, 3.0, 1.0)
+
+
+def test_metrics_are_names_or_functions_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_metrics(["price", "anls"]) == [METRICS["price"], METRICS["anls"]]
+    assert find_metrics(["phi3v_dist.metrics:anls"]) == [anls]
+    for name, why in (("prise", "there are price"), ("no.such:f", "No module"), ("math:pi", "no function")):
+        with pytest.raises(BadInputError, match=why):
+            find_metrics([name])
+    with pytest.raises(BadInputError, match="metric gcd failed on the answer 'b'"):
+        sample_values([math.gcd], ["a"], ["b"])  # type: ignore[list-item]
+
+
+def test_anls_is_one_for_the_same_and_nothing_below_a_half() -> None:
+    assert anls(" Bag", "bag ") == {"anls": 1.0}
+    assert anls("kitten", "sitting")["anls"] == pytest.approx(4 / 7)
+    assert anls("abc", "xyz") == {"anls": 0.0}
 
 
 def test_the_constant_answer_is_the_best_without_looking() -> None:

@@ -8,8 +8,12 @@ from pathlib import Path
 
 
 def start_ranks(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    return start(ranks, "-m", "launch.cli", "train", str(config), *overrides)
+
+
+def start(ranks: int, *rank_command: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "launch.cli", "train", str(config), *overrides]
+    command += rank_command
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

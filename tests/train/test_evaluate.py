@@ -1,19 +1,25 @@
-"""Answers by generation: the same whatever the batch, every sample once, pictures that change places."""
+"""Answers by generation: the same at any number of ranks, every sample once, pictures that change places."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from phi3v_dist.answers import answer, answer_all, ask
 from phi3v_dist.config import load_config
-from phi3v_dist.evaluate import answer, ask, evaluate, read_questions, swap_pictures, write_evaluation
+from phi3v_dist.evaluate import How, evaluate, write_evaluation
 from phi3v_dist.export import export
 from phi3v_dist.model.hub import load_config as load_model_config
 from phi3v_dist.origin import Origin, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.questions import Questions, Shape, make_batches, read_split
 from phi3v_dist.restore import Restored, find_source, restore
 from shards.format import BadInputError, read_index
+from tests.train.evaluate_rank import HOW
+from tests.train.ranks import finish, start
 
 
 class Alone(Mesh):
@@ -22,11 +28,20 @@ class Alone(Mesh):
     def on_main(self, work):  # type: ignore[no-untyped-def]
         return work()
 
+    def gather(self, value):  # type: ignore[no-untyped-def]
+        return [value]
+
+    def sum(self, values):  # type: ignore[no-untyped-def]
+        return values
+
+
+ALONE = Alone(0, 1, 0, torch.device("cpu"))
+
 
 @pytest.fixture
 def origin(tiny_config: Path) -> Origin:
     config = load_config(tiny_config, ["data.num_crops=4"])
-    return prepare_origin(config, config.run_dir, Alone(0, 1, 0, torch.device("cpu")))
+    return prepare_origin(config, config.run_dir, ALONE)
 
 
 @pytest.fixture
@@ -34,65 +49,129 @@ def restored(origin: Origin) -> Restored:
     return restore(find_source(origin.model_dir), "cpu", torch.float32)
 
 
+def questions_of(products: Path, split: str, number: int) -> Questions:
+    return Questions(read_split([str(products)], split, None).take(range(number)))
+
+
 def test_a_new_model_is_made_once_and_the_same_for_the_same_seed(tiny_config: Path, origin: Origin) -> None:
     config = load_config(tiny_config, ["data.num_crops=4"])
     first = (origin.model_dir / "model.safetensors").read_bytes()
     stamp = (origin.model_dir / "model.safetensors").stat().st_mtime_ns
-    prepare_origin(config, config.run_dir, Alone(0, 1, 0, torch.device("cpu")))
+    prepare_origin(config, config.run_dir, ALONE)
     assert (origin.model_dir / "model.safetensors").stat().st_mtime_ns == stamp
     other = config.run_dir.parent / "other"
-    again = prepare_origin(config, other, Alone(0, 1, 0, torch.device("cpu")))
+    again = prepare_origin(config, other, ALONE)
     assert (again.model_dir / "model.safetensors").read_bytes() == first
     assert load_model_config(again.model_dir).pad_token_id == origin.tokenizer.pad_token_id
 
 
-def test_answers_do_not_depend_on_the_batch(products: Path, restored: Restored) -> None:
-    questions = read_questions(str(products), read_index(str(products), "train").slice(0, 5).to_pylist())
-    alone = answer(restored.model, restored.processor, questions, 1, 12)
-    assert answer(restored.model, restored.processor, questions, 4, 12) == alone
-    assert answer(restored.model, restored.processor, questions[::-1], 3, 12) == alone[::-1]
+def test_answers_do_not_depend_on_what_shares_the_batch(products: Path, restored: Restored) -> None:
+    questions = questions_of(products, "train", 5)
+    alone = [answer(restored, questions.read([place]), 12)[0] for place in range(5)]
+    assert answer_all(restored, questions, ALONE, 4, 12)[0] == alone
+    assert answer(restored, questions.read([4, 1, 2]), 12) == [alone[4], alone[1], alone[2]]
+
+
+def test_answers_near_the_switch_of_the_rope_factors_are_those_of_each_alone(
+    products: Path, restored: Restored
+) -> None:
+    questions = questions_of(products, "train", 6)
+    processor = restored.processor
+    shapes = questions.shapes(processor.tokenizer, processor.num_crops, processor.tile)
+    read = questions.read(range(6))
+    inputs = [processor(q.prompt, list(q.pictures), return_tensors="pt") for q in read]
+    assert [shape.tokens for shape in shapes] == [each["input_ids"].shape[1] for each in inputs]
+    # a model whose factors switch in the midst of these prompts and their answers
+    middle = sorted(shape.tokens for shape in shapes)[3] + 4
+    restored.config.original_max_position_embeddings = middle
+    restored.model.config.original_max_position_embeddings = middle
+    restored.model.model.rope.original_max = middle
+    alone = [answer(restored, [question], 12)[0] for question in read]
+    assert answer_all(restored, questions, ALONE, 6, 12)[0] == alone
+
+
+def test_batches_keep_apart_what_would_change_its_neighbours() -> None:
+    sizes = [(10, 1), (95, 1), (97, 1), (120, 1), (130, 1), (11, 0), (12, 200), (13, 100)]
+    shapes = [Shape(tokens, views, min(1, views)) for tokens, views in sizes]
+    batches = make_batches(shapes, 4, 8, 100)
+    assert sorted(place for batch in batches for place in batch.places) == list(range(8))
+    assert {batch.places for batch in batches} == {(4, 3), (1,), (2,), (7,), (6, 0), (5,)}
+    assert {batch.places for batch in batches if batch.switches} == {(1,), (2,)}
+    assert [batch.places for batch in batches if not batch.pictures] == [(5,)]
 
 
 def test_a_question_ends_where_the_reply_begins(products: Path) -> None:
-    record = read_index(str(products), "val").slice(0, 1).to_pylist()[0]
-    (question,) = read_questions(str(products), [record])
+    questions = questions_of(products, "val", 1)
+    (question,) = questions.read([0])
     assert question.prompt.endswith("<|end|>\n<|assistant|>\n")
-    assert question.truth == record["messages"][-1]["content"] and question.truth not in question.prompt
+    assert question.truth == questions.truths[0] and question.truth not in question.prompt
 
 
 def test_swapped_pictures_are_all_others(products: Path) -> None:
-    questions = read_questions(str(products), read_index(str(products), "train").slice(0, 20).to_pylist())
-    swapped = swap_pictures(questions, 0)
-    assert [q.truth for q in swapped] == [q.truth for q in questions]
-    assert all(a.pictures[0] is not b.pictures[0] for a, b in zip(questions, swapped, strict=True))
-    assert sorted(id(q.pictures[0]) for q in swapped) == sorted(id(q.pictures[0]) for q in questions)
-    assert [id(q.pictures[0]) for q in swap_pictures(questions, 0)] == [id(q.pictures[0]) for q in swapped]
+    questions = questions_of(products, "train", 20)
+    swapped = questions.swapped(0)
+    assert swapped.truths == questions.truths
+    ours, theirs = questions._pictures_of, swapped._pictures_of
+    assert all(a != b for a, b in zip(ours, theirs, strict=True)) and sorted(theirs) == ours
+    assert questions.swapped(0)._pictures_of == theirs
+    a, b = questions.read([theirs[3]])[0], swapped.read([3])[0]
+    assert a.pictures[0].tobytes() == b.pictures[0].tobytes() and a.key != b.key
 
 
-def test_every_sample_is_answered_once_and_written(
-    products: Path, restored: Restored, tmp_path: Path
-) -> None:
+def test_every_sample_is_answered_once_and_written(products: Path, origin: Origin, tmp_path: Path) -> None:
+    source = find_source(origin.model_dir)
     index = read_index(str(products), "val")
-    result = evaluate(restored, str(products), "val", None, True, 4, 6)
-    assert [q.key for q in result.questions] == index["key"].to_pylist()
-    assert result.baseline is not None and result.baseline.price_parse_rate == 1
+    result = evaluate(source, str(products), How(batch_size=4, max_new_tokens=6), ALONE)
+    assert [row["key"] for row in result.rows] == index["key"].to_pylist()
+    assert result.baseline is not None and result.baseline.values["price_parse_rate"] == 1
     assert result.swapped is not None and result.swapped.samples == index.num_rows
+    assert sum(scores.samples for scores in result.by_slice.values()) == index.num_rows
     write_evaluation(result, tmp_path / "eval")
     lines = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == index["key"].to_pylist()
-    assert json.loads((tmp_path / "eval" / "scores.json").read_text())["scores"]["samples"] == index.num_rows
-    few = evaluate(restored, str(products), "train", 3, False, 4, 6)
-    assert few.scores.samples == 3 and few.swapped is None
+    written = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    assert written["scores"]["samples"] == index.num_rows and written["scores"]["loss"] == result.loss
+    table = pq.read_table(tmp_path / "eval" / "predictions.parquet")
+    assert table["key"].to_pylist() == index["key"].to_pylist()
+    assert all(data.startswith(b"\xff\xd8") for data in table["picture"].to_pylist())
+    how = How(
+        split="train", samples=3, swap=False, loss=False, metrics=("anls",), batch_size=4, max_new_tokens=4
+    )
+    few = evaluate(source, str(products), how, ALONE)
+    assert few.scores.samples == 3 and few.swapped is None and list(few.scores.values) == ["anls"]
+
+
+def test_any_number_of_ranks_gives_the_same_files(products: Path, origin: Origin, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"  # a picture that only one rank reads
+    shutil.copytree(products, damaged)
+    record = read_index(str(damaged), "train").slice(0, 1).to_pylist()[0]
+    with (damaged / record["shard"]).open("r+b") as stream:
+        stream.seek(record["images"][0]["offset"])
+        stream.write(b"\0" * record["images"][0]["length"])
+    run = [str(origin.model_dir), str(products), str(damaged), str(tmp_path)]
+    code, output = finish(start(4, str(Path(__file__).with_name("evaluate_rank.py")), *run))
+    assert code == 0, output[-3000:]
+    write_evaluation(evaluate(find_source(origin.model_dir), str(products), HOW, ALONE), tmp_path / "alone")
+    for name in ("predictions.jsonl", "predictions.parquet", "scores.json"):
+        found = {(tmp_path / way / name).read_bytes() for way in ("alone", "whole", "partitioned")}
+        assert len(found) == 1, name
+    refused = [(tmp_path / f"refused-{rank}").read_text() for rank in range(4)]
+    assert len(set(refused)) == 1 and f"sample {record['key']!r}" in refused[0]
 
 
 def test_what_cannot_be_used_is_refused(
     products: Path, restored: Restored, origin: Origin, tmp_path: Path
 ) -> None:
+    source = find_source(origin.model_dir)
     with pytest.raises(BadInputError, match="undecodable"):
         ask(restored, b"not a picture", "What?", 4)
     with pytest.raises(BadInputError, match="no split 'test'"):
-        evaluate(restored, str(products), "test", None, False, 4, 4)
+        evaluate(source, str(products), How(split="test"), ALONE)
+    with pytest.raises(BadInputError, match="no metric 'prise'"):
+        evaluate(source, str(products), How(metrics=("prise",)), ALONE)
     with pytest.raises(BadInputError, match="neither a run, nor a checkpoint"):
         find_source(tmp_path)
+    with pytest.raises(BadInputError, match="is no run"):
+        find_source(f"{origin.model_dir}:best")
     with pytest.raises(BadInputError, match="a model directory already"):
-        export(find_source(origin.model_dir), tmp_path / "out")
+        export(source, tmp_path / "out")

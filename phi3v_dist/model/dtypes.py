@@ -1,0 +1,16 @@
+"""The dtypes that a configuration may name, and only here. Called by the train loop, evaluation, export."""
+
+from __future__ import annotations
+
+import torch
+
+from shards.format import BadInputError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name. Raises BadInputError for one that is not in DTYPES."""
+    if name not in DTYPES:
+        raise BadInputError(f"dtype {name!r}: use {' or '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,80 @@
+"""The weights in one piece on every rank, for generation: do they fit, and getting them there.
+
+ZeRO-3 gathers every layer for every token; a copy gathered once is what makes generation fast. In: an engine
+or a source. Out: a plain model, or the news that there is no room. Called by evaluation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+from typing import Any
+
+import psutil
+import torch
+
+from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.hub import build_model, expected_shapes
+from phi3v_dist.parallel.mesh import Mesh
+from shards.format import BadInputError
+
+_SPARE = 1.1  # fragmentation, the tower at work, logits
+_log = logging.getLogger(__name__)
+
+
+def bytes_needed(config: Phi3VConfig, dtype: torch.dtype, batch_size: int, positions: int) -> int:
+    """Bytes of the weights and of the keys and values of `batch_size` sequences of `positions` tokens."""
+    weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    heads = config.num_key_value_heads or config.num_attention_heads
+    head_dim = config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * head_dim * batch_size * positions
+    return int((weights + cache) * dtype.itemsize * _SPARE)
+
+
+def bytes_free(mesh: Mesh) -> int:
+    """Bytes that this rank may take: of its GPU, else its share of the host's."""
+    if mesh.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(mesh.device)
+        held = torch.cuda.memory_reserved(mesh.device) - torch.cuda.memory_allocated(mesh.device)
+        return int(free + held)
+    neighbours = mesh.gather(socket.gethostname()).count(socket.gethostname())
+    return int(psutil.virtual_memory().available // neighbours)
+
+
+def keep_whole(
+    choice: str, config: Phi3VConfig, dtype: torch.dtype, batch_size: int, positions: int, mesh: Mesh
+) -> bool:
+    """Whether every rank takes the weights whole; the same on all ranks. choice: "auto", "whole" or
+    "partitioned".
+
+    Raises BadInputError if one process alone has no room for them.
+    """
+    if choice != "auto":
+        return choice == "whole"
+    needed, free = bytes_needed(config, dtype, batch_size, positions), bytes_free(mesh)
+    fits = mesh.sum([float(needed > free)])[0] == 0
+    if not fits and mesh.size == 1:
+        raise BadInputError(
+            f"answering needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; use more ranks "
+            "(torchrun), or a smaller batch size"
+        )
+    if not fits:
+        _log.warning(
+            "answering with whole weights needs %.1f GB, %.1f GB are free: every layer is gathered for every "
+            "token instead, which is slow", needed / 1e9, free / 1e9,
+        )  # fmt: skip
+    return fits
+
+
+def gather_whole(engine: Any, config: Phi3VConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """A plain copy, on every rank, of the model that the ZeRO-3 `engine` holds in parts."""
+    import deepspeed
+
+    copy = build_model(config, dtype).to(device).eval()
+    with torch.no_grad():
+        pairs = zip(copy.parameters(), engine.module.parameters(), strict=True)
+        for plain, partitioned in pairs:
+            with deepspeed.zero.GatheredParameters(partitioned):
+                plain.copy_(partitioned)
+    return copy
