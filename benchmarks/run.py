@@ -26,6 +26,8 @@ SCRIPTS: dict[str, tuple[list[str], int]] = {
     "image_processor": ([], 300),
     "loss_head": ([], 300),
     "packing": ([], 300),
+    "plan": ([], 900),
+    "loader": ([], 900),
 }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from phi3v_dist.data.node_cache import CacheOptions, NodeCache, copy_name
 from shards.format import BadInputError, ShardInfo
@@ -41,7 +42,7 @@ class SampleReader:
         self._stores = []
         for root in [roots] if isinstance(roots, str) else roots:
             fs, path = fsspec.core.url_to_fs(root)
-            local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
+            local = isinstance(fs, LocalFileSystem)
             self._stores.append((fs, path.rstrip("/"), local))
         self._shards = shards
         self._cache = None if cache is None else NodeCache(cache)

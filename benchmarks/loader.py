@@ -1,0 +1,172 @@
+"""The loader against webdataset with the published image steps, on the same shards and cores.
+
+    python benchmarks/loader.py [--samples 400] [--rounds 3] [--json PATH]
+
+Photos of 1200 x 900 px, num_crops 16, two worker processes each way. Theirs: a webdataset pipeline that
+streams the tars, tokenises, and makes float32 views as the published processor does (restated in
+image_processor.py), in a torch DataLoader. Ours: the plan's packed rows through `load_rows`. Both end with
+tensors a model can eat, in the main process. Then bytes alone: every picture once, ours by ranged reads in
+the plan's shuffled order, theirs one tar after the other; small pictures, warm page cache, one process.
+Rounds alternate, so that a busy machine slows both; medians.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks.image_processor import photo, published
+from benchmarks.record import Comparison, report
+from phi3v_dist.data.epoch import Layout
+from phi3v_dist.data.loader import RowMaker, load_rows
+from phi3v_dist.data.plan import Plan, RankRows
+from phi3v_dist.data.reader import SampleReader
+from phi3v_dist.data.samples import Samples, keep_samples, open_samples, read_samples
+from phi3v_dist.data.tokens import Counter, sample_costs
+from phi3v_dist.processor.prompt import encode
+from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
+from shards.build import BuildOptions, build
+
+NUM_CROPS, IMAGE_TOKENS, SEQ_LEN, WORKERS = 16, 1933, 16_384, 2
+SPEED_BAR, READ_BAR = 2.5, 5.0
+
+
+def dataset(folder: Path, samples: int, pictures: list[bytes]) -> Path:
+    """Shards of `samples` samples that take turns with the pictures; each file has other bytes."""
+    (folder / "images").mkdir(parents=True)
+    lines = ["image,name"]
+    for number in range(samples):
+        data = pictures[number % len(pictures)]
+        comment = b"%012d" % number
+        data = data[:2] + b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment + data[2:]
+        (folder / f"images/{number:06d}.jpg").write_bytes(data)
+        lines.append(f"images/{number:06d}.jpg,picture number {number} of many")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    options = BuildOptions(
+        ("image",), "What is it?", "{name}", decode=False, val_fraction=0.0, shard_samples=200
+    )
+    build(str(folder / "table.csv"), str(folder / "shards"), options)
+    return folder / "shards"
+
+
+def opened(root: Path) -> Samples:
+    keep_samples(read_samples([str(root)], "train"), root.parent / "samples.arrow")
+    return open_samples([str(root)], root.parent / "samples.arrow")
+
+
+class Theirs:
+    """What a webdataset user maps over the samples; a class, so that it travels to the workers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, sample: dict[str, bytes]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        text = encode(self._tokenizer, json.loads(sample["json"])["messages"], [IMAGE_TOKENS])
+        pixels = published(sample["jpg"], NUM_CROPS)
+        return torch.tensor(text.input_ids), torch.tensor(text.labels), pixels
+
+
+def pipeline(root: Path, tokenizer: Any) -> int:
+    """Samples that came out of it."""
+    tars = sorted(str(tar) for tar in root.glob("*.tar"))
+    stream = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).map(Theirs(tokenizer))
+    loader = DataLoader(stream, batch_size=None, num_workers=WORKERS, multiprocessing_context="forkserver")
+    return sum(1 for _ in loader)
+
+
+def packed(maker: RowMaker, plan: Plan) -> int:
+    rows = RankRows(plan, 0, 1, 64, 0, plan.steps_of(1), plan.end_row(1))
+    return sum(loaded.samples for loaded in load_rows(maker, rows, WORKERS, 2, 600))
+
+
+def throughput(folder: Path, samples: int, rounds: int) -> Comparison:
+    root = dataset(folder, samples, [photo(1200, 900) for _ in range(4)])
+    kept = opened(root)
+    train_tokenizer(
+        (m["content"] for r in kept.records(range(100)) for m in r["messages"]), folder / "t", 400
+    )
+    tokenizer = load_tokenizer(folder / "t")
+    maker = RowMaker(kept, tokenizer, NUM_CROPS, 336, tokenizer.pad_token_id)
+    costs = sample_costs(kept, Counter(tokenizer, NUM_CROPS, 336))
+    plan = Plan(costs, SEQ_LEN, 0, 4, layout=Layout(kept.shard_numbers(), kept.bounds()))
+    speeds: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for place, way in enumerate((lambda: packed(maker, plan), lambda: pipeline(root, tokenizer))):
+            began = time.perf_counter()
+            assert way() == samples
+            if number:  # the first round starts servers and fills caches
+                speeds[place].append(samples / (time.perf_counter() - began))
+    ours, theirs = map(statistics.median, speeds)
+    return Comparison(
+        f"model-ready pictures, {WORKERS} workers", "webdataset + published steps", ours, theirs, "samples/s",
+        ours / theirs, f"{SPEED_BAR} or more", ours / theirs >= SPEED_BAR,
+    )  # fmt: skip
+
+
+def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
+    small = io.BytesIO()
+    Image.open(io.BytesIO(photo(1200, 900))).resize((320, 240)).save(small, "JPEG", quality=85)
+    root = dataset(folder, samples, [small.getvalue()])
+    kept = opened(root)
+    order = Plan(
+        sample_costs(kept, Counter(_plain_tokenizer(folder, kept), 1, 336)), 8192, 0, 4
+    ).epoch(0).samples  # fmt: skip
+    tars = sorted(str(tar) for tar in root.glob("*.tar"))
+
+    def ours() -> int:
+        reader = SampleReader(kept.roots, kept.shards)
+        return sum(len(reader.images(record)) for record in kept.records(order))
+
+    def theirs() -> int:
+        return sum(1 for _ in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+
+    speeds: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for place, way in enumerate((ours, theirs)):
+            began = time.perf_counter()
+            assert way() == samples
+            if number:
+                speeds[place].append(samples / (time.perf_counter() - began))
+    fast, slow = map(statistics.median, speeds)
+    return Comparison(
+        "bytes of a picture, shuffled", "webdataset, one tar after the other", fast, slow, "samples/s",
+        fast / slow, f"{READ_BAR} or more", fast / slow >= READ_BAR,
+    )  # fmt: skip
+
+
+def _plain_tokenizer(folder: Path, kept: Samples) -> Any:
+    train_tokenizer((m["content"] for r in kept.records(range(50)) for m in r["messages"]), folder / "t", 400)
+    return load_tokenizer(folder / "t")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = [
+            throughput(Path(folder) / "photos", options.samples, options.rounds),
+            raw_reads(Path(folder) / "small", 10 * options.samples, options.rounds),
+        ]
+    return report("loader", found, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
