@@ -85,8 +85,15 @@ def build(
         int | None, typer.Option(help="Most megabytes (2^20) of a shard (default: 256).")
     ] = None,
     max_side: Annotated[int | None, typer.Option(help="Make larger images smaller, in pixels.")] = None,
+    reencode: Annotated[
+        str | None,
+        typer.Option(help="Make every image anew: jpeg:90, webp:80 or png (default: keep them)."),
+    ] = None,
     drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Leave out samples whose images all came before.")
+        bool,
+        typer.Option(
+            "--drop-duplicates", help="Leave out samples whose images all came before (in the same task)."
+        ),
     ] = False,
     min_success: Annotated[
         float | None, typer.Option(help="Part of the rows that must succeed (default: 0.95).")
@@ -100,9 +107,15 @@ def build(
     allow_private_hosts: Annotated[
         bool, typer.Option("--allow-private-hosts", help="Also fetch from private and loopback addresses.")
     ] = False,
-    no_decode: Annotated[
-        bool, typer.Option("--no-decode", help="Check the structure of images only; faster for local files.")
-    ] = False,
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            help="Images to decode, not only walk through to their end: fetched (default), all, none."
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="That write at the same time (default: as many as cores, if local).")
+    ] = None,
     work_dir: Annotated[
         str | None, typer.Option(help="Where shards lie on their way to an object store (default: cache).")
     ] = None,
@@ -133,10 +146,12 @@ def build(
         "shard_samples": shard_samples,
         "shard_bytes": None if shard_mb is None else shard_mb * 2**20,
         "max_side": max_side,
+        "reencode": reencode,
         "duplicates": "drop" if drop_duplicates else None,
         "min_success": min_success,
         "allow_private_hosts": (allow_private_hosts or serve_dir is not None) or None,
-        "decode": False if no_decode else None,
+        "decode": decode,
+        "processes": processes,
         "work_dir": work_dir,
         "concurrency": concurrency,
         "per_host": per_host,

@@ -1,16 +1,17 @@
-"""Rows into shards: resumable, by one worker or many, and the same bytes however often it was interrupted.
+"""Rows into shards: resumable, by one worker or many, and always the same bytes.
 
-The rows are worked through in windows of `shard_samples` (see `worker`). The output directory then holds
+The rows are worked through in windows of `shard_samples` (see `window`). The output directory then holds
 
     build.json                      what is being built here: another source or other options are refused
-    shard-000000.tar ...            numbered over the whole dataset, one split each
+    shard-000000.tar ...            numbered by window, one split each; a window's further ones: 000000_01
     ledger/part-000000.jsonl ...    per row: outcome, reason; per image: HTTP status, bytes, sha256, size
     index/part-000000.parquet ...   one part per window
     dataset.json                    written last: the dataset is complete
 
-`build` does all rows; `build_task` those of one of several tasks, with the task's number in its file names,
-and `close_tasks` writes dataset.json when all are done. `retry_failed` tries the rows again that failed; what
-arrives goes into further shards.
+`build` makes all windows that are missing; `build_task` those of one of several tasks, and `close_tasks`
+writes dataset.json when all are there: the same directory to the byte. Two things depend on what came
+before and so on the number of tasks: rows of a stream whose length nobody knows, and duplicates that are
+dropped. `retry_failed` tries the rows again that failed; what arrives goes into further shards.
 
 In: a source (see `sources`), an output directory or object store (see `place`), `BuildOptions`. Out:
 `DatasetInfo`. Called by the command line.
@@ -23,12 +24,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from shards.atomic import alone_in, create_whole, partial_path, write_atomically
+from shards.crew import do_work
 from shards.format import (
     BUILD_JSON,
     DATASET_JSON,
@@ -42,15 +45,15 @@ from shards.format import (
 )
 from shards.ledger import failed_rows, reasons
 from shards.options import BuildOptions
-from shards.place import LOCK_SUFFIX, Place, open_place
+from shards.place import LOCK_SUFFIX, TASKS, Place, open_place, writing
 from shards.rows import PRODUCT_ANSWER, PRODUCT_PROMPT, Row
-from shards.sources import Source, open_source
-from shards.window import Window, committed_windows
-from shards.worker import Progress, Work, run_worker
+from shards.sources import Source, Span, open_source
+from shards.window import Window, committed_windows, leading_windows
+from shards.worker import Progress, Work, finished_windows
 
 __all__ = ["BuildOptions", "build", "build_task", "close_tasks", "retry_failed", "waits_for_close"]
 
-_WRITER = 2  # raised when the same source and options would give other bytes than before
+_WRITER = 3  # raised when the same source and options would give other bytes than before
 _log = logging.getLogger(__name__)
 
 
@@ -68,7 +71,7 @@ def build(
     options = options or BuildOptions()
     opened, plan = _prepare(source, options, tasks=1)
     place = open_place(out, options.work_dir)
-    with _writing(out), _claim(place, plan):
+    with writing(out), _claim(place, plan):
         if _is_complete(place):
             _log.info("%s: already complete, nothing to do", out)
             return read_dataset_info(str(place.root))
@@ -92,16 +95,17 @@ def build_task(
     options = options or BuildOptions()
     if not 0 <= task < tasks:
         raise BadInputError(f"task {task}/{tasks}: the task must be from 0 to {tasks - 1}")
+    opened, plan = _prepare(source, options, tasks)
     if tasks == 1:
         build(source, out, options, progress)
-        return committed_windows(open_place(out, options.work_dir).root, "")
-    opened, plan = _prepare(source, options, tasks)
+        place = open_place(out, options.work_dir)
+        return list(finished_windows(place.root, _task_work(opened, options, 0, 1)).values())
     place = open_place(out, options.work_dir, f"task {task}")
     work = _task_work(opened, options, task, tasks)
-    with _writing(out), _join(place, plan, task):
+    with writing(out), _join(place, plan, task, tasks):
         if _is_complete(place):
-            return committed_windows(place.root, work.prefix)
-        return run_worker(place, work, options, progress)
+            return list(finished_windows(place.root, work).values())
+        return list(do_work(place, work, options, progress).values())
 
 
 def waits_for_close(out: str) -> bool:
@@ -109,14 +113,13 @@ def waits_for_close(out: str) -> bool:
     place = open_place(out, worker="close")
     if place.read(BUILD_JSON) is None or place.read(DATASET_JSON) is not None:
         return False
-    plan = _read_plan(place)
-    return bool(plan["built_with"]["tasks"] > 1 and plan["retry_rounds"] == 0)
+    return place.read(TASKS) is not None and _read_plan(place)["retry_rounds"] == 0
 
 
 def close_tasks(out: str, work_dir: str | None = None) -> DatasetInfo:
     """Writes dataset.json when every task is done. Raises BadInputError naming those that are not."""
     place = open_place(out, work_dir, "close")
-    with _writing(out):
+    with writing(out):
         place.root.mkdir(parents=True, exist_ok=True)
         with alone_in(place.root):
             place.pull()
@@ -137,7 +140,7 @@ def retry_failed(
     root = place.root
     tasks = 1 if place.read(BUILD_JSON) is None else int(_read_plan(place)["built_with"]["tasks"])
     opened, plan = _prepare(source, options, tasks)
-    with _writing(out), _claim(place, plan):
+    with writing(out), _claim(place, plan):
         rounds = int(_read_plan(place)["retry_rounds"])
         if not _is_complete(place):
             info = _complete(place, opened, options, progress)
@@ -156,23 +159,19 @@ def _prepare(source: str, options: BuildOptions, tasks: int) -> tuple[Source, di
     """Checks everything before anything is written: the opened source, the plan."""
     options.check()
     opened = open_source(source, options.recipe())
-    built_with = {"writer": _WRITER, "tasks": tasks, **options.shaping()}
+    # The number of tasks shapes nothing but these two.
+    shaping_tasks = tasks if opened.num_rows is None or options.duplicates == "drop" else 1
+    built_with = {"writer": _WRITER, "tasks": shaping_tasks, **options.shaping()}
     texts = [PRODUCT_PROMPT, PRODUCT_ANSWER]
     fingerprint = hashlib.sha256(json.dumps([opened.sha256, built_with, texts]).encode()).hexdigest()
-    plan = {"fingerprint": fingerprint, "source": source, "built_with": built_with, "retry_rounds": 0}
+    plan = {
+        "fingerprint": fingerprint,
+        "source": source,
+        "num_rows": opened.num_rows,
+        "built_with": built_with,
+        "retry_rounds": 0,
+    }
     return opened, plan
-
-
-@contextlib.contextmanager
-def _writing(out: str) -> Iterator[None]:
-    """Turns what a full or forbidden disk raises into a BadInputError."""
-    try:
-        yield
-    except OSError as error:
-        place = f" at {error.filename}" if error.filename else ""
-        raise BadInputError(
-            f"{out}: cannot write ({error.strerror or error}{place}); make room or choose another --out"
-        ) from error
 
 
 def _plan_json(plan: dict[str, Any]) -> bytes:
@@ -185,7 +184,7 @@ def _read_plan(place: Place) -> dict[str, Any]:
         raise BadInputError(f"{place.out}: no {BUILD_JSON}, so no build has begun here")
     with contextlib.suppress(ValueError, TypeError):
         found = json.loads(text)
-        needed = {"fingerprint", "source", "built_with", "retry_rounds"}
+        needed = {"fingerprint", "source", "num_rows", "built_with", "retry_rounds"}
         if needed <= set(found) and "tasks" in found["built_with"]:
             return dict(found)
     raise BadInputError(
@@ -210,7 +209,7 @@ def _claim(place: Place, plan: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _join(place: Place, plan: dict[str, Any], task: int) -> Iterator[None]:
+def _join(place: Place, plan: dict[str, Any], task: int, tasks: int) -> Iterator[None]:
     """Makes `place` that of this build, which other tasks may have begun or be beginning; no other process
     does this task while the context is open.
     """
@@ -218,12 +217,22 @@ def _join(place: Place, plan: dict[str, Any], task: int) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     if place.filesystem is None and not (root / BUILD_JSON).exists():
         _check_empty(root)
-    with alone_in(root, f".task-{task:04d}{LOCK_SUFFIX}"):
+    with alone_in(root, shared=True), alone_in(root, f".task-{task:04d}{LOCK_SUFFIX}"):
         place.pull()
         if not (root / BUILD_JSON).exists():
             create_whole(root / BUILD_JSON, _plan_json(plan))
             place.send([BUILD_JSON])
         _check_same(place, plan)
+        if not _is_complete(place):
+            if not (root / TASKS).exists():
+                create_whole(root / TASKS, f"{tasks}\n".encode())
+                place.send([TASKS])
+            others = (root / TASKS).read_text().strip()
+            if others != str(tasks):
+                raise BadInputError(
+                    f"{place.out}: is being built by {others} tasks, now {tasks}; use --task I/{others}, or "
+                    "none to build here what is missing"
+                )
         _make_folders(root)
         yield
 
@@ -235,7 +244,7 @@ def _make_folders(root: Path) -> None:
 
 def _check_empty(root: Path) -> None:
     record = root / BUILD_JSON
-    begun = (partial_path(record).name, ".task-")  # by another task, at this moment
+    begun = (partial_path(record).name, ".task")  # by another task, at this moment
     mine = {INDEX_DIR, LEDGER_DIR}  # made for a store, empty
     found = [path for path in root.iterdir() if path != record and not path.name.startswith(begun)]
     strange = [path for path in found if path.name not in mine or any(path.iterdir())]
@@ -266,28 +275,50 @@ def _is_complete(place: Place) -> bool:
     return bool(rounds == _read_plan(place)["retry_rounds"])
 
 
-def _task_prefix(task: int, tasks: int) -> str:
-    return "" if tasks == 1 else f"{task:04d}-"
-
-
 def _task_work(source: Source, options: BuildOptions, task: int, tasks: int) -> Work:
-    num_rows = source.part_rows(task, tasks)
-    may_fail = None if num_rows is None else int((1 - options.min_success) * num_rows + 1e-9)
     base = options.image_root or source.base
-    prefix = _task_prefix(task, tasks)
-    return Work(source.name, base, prefix, num_rows, lambda start: source.part(task, tasks, start), may_fail)
+    if source.num_rows is None:
+        if tasks == 1:
+            return Work(source.name, base, "", source.rows)
+
+        def rows(spans: Sequence[Span]) -> Iterator[Row]:
+            assert source.part is not None
+            for first, end in spans:
+                yield from islice(source.part(task, tasks, first), end - first)
+
+        return Work(source.name, base, f"{task:04d}-", rows)
+    count = _num_windows(source.num_rows, options.shard_samples)
+    windows = range(count * task // tasks, count * (task + 1) // tasks)
+    work = Work(source.name, base, "", source.rows, source.num_rows, windows)
+    return replace(work, may_fail=_may_fail(work, options))
+
+
+def _num_windows(num_rows: int, size: int) -> int:
+    return -(-num_rows // size)
+
+
+def _may_fail(work: Work, options: BuildOptions) -> int:
+    return int((1 - options.min_success) * work.total(options.shard_samples) + 1e-9)
 
 
 def _retry_work(root: Path, source: Source, options: BuildOptions, tasks: int, number: int) -> Work:
     """The rows that had failed before round `number` (from 1): the same ones when that round is half done."""
-    failed = failed_rows(root, before_round=number)
+    failed = sorted(failed_rows(root, before_round=number))
 
-    def rows(start: int) -> Iterator[Row]:
-        everything = chain.from_iterable(source.part(task, tasks, 0) for task in range(tasks))
-        return islice((row for row in everything if row.number in failed), start, None)
+    def rows(spans: Sequence[Span]) -> Iterator[Row]:
+        for first, end in spans:
+            wanted = failed[first:end]
+            if source.num_rows is not None:
+                yield from source.rows([(each, each + 1) for each in wanted])
+                continue
+            assert source.part is not None
+            everything = chain.from_iterable(source.part(task, tasks, 0) for task in range(tasks))
+            found = {row.number: row for row in everything if row.number in set(wanted)}
+            yield from (found[each] for each in wanted if each in found)
 
+    windows = range(_num_windows(len(failed), options.shard_samples))
     base = options.image_root or source.base
-    return Work(source.name, base, f"r{number:02d}-", len(failed), rows, None)
+    return Work(source.name, base, f"r{number:02d}-", rows, len(failed), windows)
 
 
 def _complete(place: Place, source: Source, options: BuildOptions, progress: Progress | None) -> DatasetInfo:
@@ -295,26 +326,51 @@ def _complete(place: Place, source: Source, options: BuildOptions, progress: Pro
     plan = _read_plan(place)
     tasks = plan["built_with"]["tasks"]
     if tasks == 1:
-        run_worker(place, _task_work(source, options, 0, 1), options, progress)
+        do_work(place, _task_work(source, options, 0, 1), options, progress)
     for number in range(1, plan["retry_rounds"] + 1):
-        run_worker(place, _retry_work(place.root, source, options, tasks, number), options, progress)
+        do_work(place, _retry_work(place.root, source, options, tasks, number), options, progress)
     return _finish(place, plan, options.min_success)
 
 
+def _windows(place: Place, plan: dict[str, Any]) -> list[Window]:
+    """All windows of the rows' first round, in order. Raises BadInputError if one is missing."""
+    root, tasks = place.root, plan["built_with"]["tasks"]
+    if plan["num_rows"] is not None:
+        count = _num_windows(plan["num_rows"], plan["built_with"]["shard_samples"])
+        found = committed_windows(root, "", range(count))
+        if len(found) == count:
+            return [found[number] for number in range(count)]
+        split = place.read(TASKS)
+        undone = _undone_tasks(set(range(count)) - set(found), count, int(split)) if split else []
+    else:
+        prefixes = [""] if tasks == 1 else [f"{task:04d}-" for task in range(tasks)]
+        by_task = [leading_windows(root, prefix) for prefix in prefixes]
+        undone = [task for task, some in enumerate(by_task) if not some or not some[len(some) - 1].last]
+        if not undone:
+            return [window for some in by_task for window in some.values()]
+        split = str(tasks)
+    if not undone:
+        raise BadInputError(f"{place.out}: not done yet; run its `phi3v shards build` command again")
+    named = ", ".join(map(str, undone[:20])) + (", ..." if len(undone) > 20 else "")
+    raise BadInputError(f"{place.out}: not done yet: task {named} of {str(split).strip()}; run them again")
+
+
+def _undone_tasks(missing: set[int], count: int, tasks: int) -> list[int]:
+    return [
+        task
+        for task in range(tasks)
+        if not missing.isdisjoint(range(count * task // tasks, count * (task + 1) // tasks))
+    ]
+
+
 def _finish(place: Place, plan: dict[str, Any], min_success: float = 0.0) -> DatasetInfo:
-    """Writes dataset.json over all workers' windows. Raises BadInputError if one is not done."""
-    root = place.root
-    tasks, rounds = plan["built_with"]["tasks"], plan["retry_rounds"]
-    prefixes = [_task_prefix(task, tasks) for task in range(tasks)]
-    by_task = [committed_windows(root, prefix) for prefix in prefixes]
-    undone = [str(task) for task, windows in enumerate(by_task) if not windows or not windows[-1].last]
-    if undone:
-        named = ", ".join(undone[:20]) + (", ..." if len(undone) > 20 else "")
-        raise BadInputError(f"{place.out}: not done yet: task {named} of {tasks}; run them again")
-    retried = [committed_windows(root, f"r{number:02d}-") for number in range(1, rounds + 1)]
-    windows = list(chain(*by_task, *retried))
+    """Writes dataset.json over all windows. Raises BadInputError if one is not done."""
+    root, rounds = place.root, plan["retry_rounds"]
+    first_round = _windows(place, plan)
+    retried = [leading_windows(root, f"r{number:02d}-").values() for number in range(1, rounds + 1)]
+    windows = list(chain(first_round, *retried))
     samples: Counter[str] = sum((window.samples for window in windows), Counter())
-    rows = sum(window.rows for window in chain(*by_task))
+    rows = sum(window.rows for window in first_round)
     failed = len(failed_rows(root)) if any(window.failed for window in windows) else 0
     if not samples or (not rounds and failed > (1 - min_success) * rows + 1e-9):
         reason = next(iter(reasons(root)), "no row")
@@ -337,6 +393,7 @@ def _finish(place: Place, plan: dict[str, Any], min_success: float = 0.0) -> Dat
     )
     write_atomically(root / DATASET_JSON, dataset_info_json(info))
     place.send([DATASET_JSON])
+    place.remove(TASKS)
     dropped = sum(window.dropped for window in windows)
     _log.info("%s: complete: %s, %d failed, %d duplicates dropped", place.out, splits, failed, dropped)
     return info

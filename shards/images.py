@@ -7,6 +7,7 @@ reason. The bytes are kept as they are by the caller. Called by `build`, `index`
 from __future__ import annotations
 
 import io
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ from shards.format import BadInputError
 
 EXTENSIONS = ("jpg", "png", "webp")
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-_ENCODING: dict[str, dict[str, Any]] = {"jpg": {"quality": 92}, "png": {}, "webp": {"quality": 92}}
+_CODING = {"jpg": "jpeg", "png": "png", "webp": "webp"}
+_QUALITY = 92
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height when the picture is shown
 
 
@@ -42,7 +44,7 @@ def sniff(data: bytes) -> str | None:
 
 def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True) -> ImageFacts:
     """Decodes `data` and returns its facts. decode=False: only walks through its structure to its end, at a
-    tenth of the cost: finds files cut short, not damage inside the compressed pixels.
+    hundredth of the cost: finds files cut short, not damage inside the compressed pixels.
 
     Raises BadInputError: empty, another format (HTML error pages arrive this way), damaged or cut short,
     animated, or of more than `max_pixels` pixels (checked before anything is decoded, so a decompression
@@ -53,6 +55,10 @@ def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True)
     extension = sniff(data)
     if extension is None:
         raise BadInputError(f"not a JPEG, PNG or WebP image (starts with {data[:16]!r})")
+    if extension == "jpg" and not decode and (size := _plain_jpeg(data)) is not None:
+        if size[0] * size[1] > max_pixels:
+            raise BadInputError(f"{size[0]}x{size[1]} pixels, more than the limit of {max_pixels}")
+        return ImageFacts(extension, *size)
     try:
         with Image.open(io.BytesIO(data), formats=[_FORMATS[extension]]) as image:
             width, height = image.size
@@ -64,7 +70,7 @@ def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True)
             if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
                 width, height = height, width
             if not decode:
-                _check_structure(data, extension, image)
+                _check_structure(data, extension)
             else:
                 # Reads the whole JPEG stream, so finds it cut short, at a fraction of the cost of its pixels.
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
@@ -79,19 +85,44 @@ def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True)
     return ImageFacts(extension, width, height)
 
 
-def _check_structure(data: bytes, extension: str, image: Image.Image) -> None:
+def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a whole JPEG of the usual kind without metadata; None: look at it more closely.
+
+    Usual: baseline or progressive, 8 bits, one or three components, no APP1 segment (which could turn it).
+    Markers and segments are those of ITU T.81, annex B.
+    """
+    place, end, size, tables = 2, len(data), None, 0
+    while place + 4 <= end and data[place] == 0xFF:
+        marker = data[place + 1]
+        length = data[place + 2] << 8 | data[place + 3]
+        if length < 2 or marker == 0xE1:
+            return None
+        if marker in (0xC0, 0xC1, 0xC2):
+            frame = data[place + 4 : place + 10]
+            if size is not None or len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3):
+                return None
+            size = frame[3] << 8 | frame[4], frame[1] << 8 | frame[2]
+        elif marker in (0xC4, 0xDB):
+            tables |= 1 if marker == 0xDB else 2
+        elif marker == 0xDA:
+            whole = tables == 3 and data.rfind(b"\xff\xd9", place + 2 + length) > 0
+            return size if whole and size is not None and min(size) > 0 else None
+        elif not (0xE0 <= marker <= 0xEF or marker in (0xDD, 0xFE)):
+            return None
+        place += 2 + length
+    return None
+
+
+def _check_structure(data: bytes, extension: str) -> None:
     """Raises ValueError if the file does not reach its own end."""
     if extension == "png":
-        image.verify()  # the checksums of all chunks
+        _check_chunks(data)
     elif extension == "webp":
-        whole = 8 + int.from_bytes(data[4:8], "little") <= len(data)
-        if not whole:
+        if 8 + int.from_bytes(data[4:8], "little") > len(data):
             raise ValueError("cut short")
     else:
         place = 2
-        while (
-            data[place : place + 2] != b"\xff\xda"
-        ):  # the start of the scan; before it, segments with lengths
+        while data[place : place + 2] != b"\xff\xda":  # the scan; before it, segments with lengths
             length = int.from_bytes(data[place + 2 : place + 4], "big")
             if data[place : place + 1] != b"\xff" or length < 2:
                 raise ValueError("no scan")
@@ -100,13 +131,54 @@ def _check_structure(data: bytes, extension: str, image: Image.Image) -> None:
             raise ValueError("cut short: no end of image")
 
 
-def shrink(data: bytes, facts: ImageFacts, max_side: int) -> tuple[bytes, ImageFacts]:
-    """`data` made smaller so that its longer side has `max_side` pixels, in the same format, upright."""
+def _check_chunks(data: bytes) -> None:
+    """Raises ValueError if a chunk of a PNG is damaged or there is no end."""
+    place, name = 8, b""
+    while name != b"IEND":
+        length, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        end = place + 8 + length
+        if len(data) < end + 4:
+            raise ValueError("cut short: no end of image")
+        if zlib.crc32(memoryview(data)[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError(f"checksum of a chunk {name!r} is wrong")
+        place = end + 4
+
+
+def reencode(
+    data: bytes, facts: ImageFacts, max_side: int | None = None, coding: str | None = None
+) -> tuple[bytes, ImageFacts]:
+    """`data` made anew, upright, without metadata; one version of Pillow makes equal bytes of equal bytes.
+
+    max_side: the longer side is at most so many pixels. coding: "FORMAT" or "FORMAT:QUALITY" as
+    `parse_coding` takes it; None: the format that it has.
+    """
+    extension, settings = parse_coding(coding or _CODING[facts.extension])
     with Image.open(io.BytesIO(data)) as opened:
         image = ImageOps.exif_transpose(opened)
-        if image.mode not in ("RGB", "RGBA", "L"):
+        transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+        if extension == "jpg" and transparent:  # onto white, as a shop shows it
+            above = image.convert("RGBA")
+            image = Image.new("RGBA", above.size, "white")
+            image.alpha_composite(above)
+        if transparent and extension != "jpg":
+            image = image.convert("RGBA")
+        elif image.mode not in ("RGB", "L"):
             image = image.convert("RGB")
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        if max_side is not None:
+            image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        image.info.clear()  # what it says of colours, orientation and cameras is about the old bytes
         encoded = io.BytesIO()
-        image.save(encoded, _FORMATS[facts.extension], **_ENCODING[facts.extension])
-    return encoded.getvalue(), ImageFacts(facts.extension, image.width, image.height)
+        image.save(encoded, _FORMATS[extension], **settings)
+    return encoded.getvalue(), ImageFacts(extension, image.width, image.height)
+
+
+def parse_coding(coding: str) -> tuple[str, dict[str, Any]]:
+    """Extension and Pillow's settings for "jpeg:90", "webp:80", "png". Raises BadInputError at other text."""
+    name, colon, quality = coding.partition(":")
+    extension = "jpg" if name == "jpeg" else name
+    good = not colon or (extension != "png" and quality.isdecimal() and 1 <= int(quality) <= 100)
+    if extension not in EXTENSIONS or not good:
+        raise BadInputError(
+            f"reencode is {coding!r}; it must be jpeg, webp or png, or have a quality from 1 to 100: jpeg:90"
+        )
+    return extension, {} if extension == "png" else {"quality": int(quality or _QUALITY)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def ledger_line(item: Prepared, split: str | None, shard: str | None) -> str:
             "sha256": picture.sha256,
             "width": picture.facts.width if picture.facts else None,
             "height": picture.facts.height if picture.facts else None,
+            "reencoded": picture.reencoded,
             "reason": picture.reason,
         }
         for picture in item.pictures
@@ -83,10 +84,11 @@ def image_digest(hashes: list[str]) -> bytes:
     return hashlib.sha256(" ".join(hashes).encode()).digest()
 
 
-def seen_images(root: Path, prefix: str) -> dict[bytes, int]:
-    """The digests of the images of all samples that a worker has written, with the number of their rows."""
+def seen_images(root: Path, prefix: str, numbers: Iterable[int]) -> dict[bytes, int]:
+    """The digests of the images of all samples in these windows of a worker, with their rows' numbers."""
     seen = {}
-    for entry in read_ledger(root, f"part-{prefix}[0-9][0-9][0-9][0-9][0-9][0-9].jsonl"):
-        if entry["outcome"] == "ok" and entry["images"]:
-            seen[image_digest([image["sha256"] for image in entry["images"]])] = entry["row"]
+    for number in numbers:
+        for entry in read_ledger(root, ledger_part(root, prefix, number).name):
+            if entry["outcome"] == "ok" and entry["images"]:
+                seen[image_digest([image["sha256"] for image in entry["images"]])] = entry["row"]
     return seen

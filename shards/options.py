@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shards.format import BadInputError
+from shards.images import parse_coding
 from shards.rows import Recipe
 
 
@@ -22,13 +23,15 @@ class BuildOptions:
     val_fraction: part of the groups that becomes the val split, by hash, so it is stable when rows are added.
     shard_samples: rows per window, so the most samples of a tar. shard_bytes: a tar is closed before it grows
     past it. max_bytes, max_pixels: of one image. max_side: larger images are made smaller, in pixels of the
-    longer side; None: the bytes stay as they are. duplicates: "keep", or "drop" samples whose images all came
-    before.
+    longer side; None: any size. reencode: "jpeg:90", "webp:80", "png": every image is made anew in this
+    format, upright; None: those that are not too large keep their bytes. duplicates: "keep", or "drop"
+    samples whose images all came before.
 
-    min_success: part of the rows that must succeed. decode: decode every image, not only walk through its
-    structure. work_dir: where shards lie on their way to an object store; None: in the user's cache.
-    concurrency: fetches at a time, per_host of them at one host. retries: after a failure that may
-    pass.
+    min_success: part of the rows that must succeed. decode: which images are decoded, not only walked through
+    to their end: "fetched" from a network, "all", "none". processes: that write windows at the same time;
+    None: as many as cores, where many local files are to be read. work_dir: where shards lie on their way to
+    an object store; None: in the user's cache. concurrency: fetches at a time, per_host of them at one host.
+    retries: after a failure that may pass.
     """
 
     images: tuple[str, ...] = ()
@@ -44,11 +47,13 @@ class BuildOptions:
     max_bytes: int = 64 * 2**20
     max_pixels: int = 100_000_000
     max_side: int | None = None
+    reencode: str | None = None
     duplicates: str = "keep"
 
     min_success: float = 0.95
     allow_private_hosts: bool = False
-    decode: bool = True
+    decode: str = "fetched"
+    processes: int | None = None
     work_dir: str | None = None
     concurrency: int = 32
     per_host: int = 16
@@ -73,6 +78,10 @@ class BuildOptions:
             raise BadInputError(f"retries is {self.retries}; it must be at least 0")
         if self.duplicates not in ("keep", "drop"):
             raise BadInputError(f"duplicates is {self.duplicates!r}; it must be keep or drop")
+        if self.decode not in ("fetched", "all", "none"):
+            raise BadInputError(f"decode is {self.decode!r}; it must be fetched, all or none")
+        if self.reencode is not None:
+            parse_coding(self.reencode)
 
 
 def check_fractions(options: object, *names: str) -> None:
@@ -82,7 +91,23 @@ def check_fractions(options: object, *names: str) -> None:
             raise BadInputError(f"{name} is {getattr(options, name)}; it must be from 0 to 1")
 
 
-_HOW_ONLY = ("min_success", "allow_private_hosts", "decode", "work_dir", "concurrency", "per_host", "retries")
+_HOW_ONLY = (
+    "min_success",
+    "allow_private_hosts",
+    "decode",
+    "processes",
+    "work_dir",
+    "concurrency",
+    "per_host",
+    "retries",
+)
 _AT_LEAST_1 = (
-    "shard_samples", "shard_bytes", "max_bytes", "max_pixels", "max_side", "concurrency", "per_host",
-)  # fmt: skip
+    "shard_samples",
+    "shard_bytes",
+    "max_bytes",
+    "max_pixels",
+    "max_side",
+    "processes",
+    "concurrency",
+    "per_host",
+)

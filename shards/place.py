@@ -20,6 +20,7 @@ import fsspec
 from shards.format import BUILD_JSON, DATASET_JSON, INDEX_DIR, LEDGER_DIR, BadInputError
 
 LOCK_SUFFIX = ".lock"
+TASKS = ".tasks"  # how many tasks are building here; gone when the dataset is complete
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Place:
             return
         with self._store_errors():
             self.filesystem.invalidate_cache()
-            there = {BUILD_JSON, DATASET_JSON, *self._names(INDEX_DIR), *self._names(LEDGER_DIR)}
+            there = {BUILD_JSON, DATASET_JSON, TASKS, *self._names(INDEX_DIR), *self._names(LEDGER_DIR)}
             there = {name for name in there if "/" in name or self.filesystem.exists(f"{self.base}/{name}")}
             for folder in (self.root, self.root / INDEX_DIR, self.root / LEDGER_DIR):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,18 @@ class Place:
                 f"{self.out}: the store does not answer as it should ({line}); check its address and your "
                 "rights, then run again"
             ) from error
+
+
+@contextlib.contextmanager
+def writing(out: str) -> Iterator[None]:
+    """Turns what a full or forbidden disk raises into a BadInputError."""
+    try:
+        yield
+    except OSError as error:
+        place = f" at {error.filename}" if error.filename else ""
+        raise BadInputError(
+            f"{out}: cannot write ({error.strerror or error}{place}); make room or choose another --out"
+        ) from error
 
 
 def open_place(out: str, work_dir: str | None = None, worker: str = "") -> Place:

@@ -16,7 +16,7 @@ from typing import Any
 
 from shards.fetch import Fetched, Fetcher, is_local, read_local
 from shards.format import BadInputError
-from shards.images import ImageFacts, check_image, shrink
+from shards.images import ImageFacts, check_image, reencode
 from shards.options import BuildOptions
 from shards.rows import Image, Row
 from shards.tars import Member, TarSample
@@ -24,13 +24,16 @@ from shards.tars import Member, TarSample
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a row. facts: None if it is no good image; sha256: in hex, None without bytes."""
+    """One image of a row. facts: None if it is no good image; sha256: in hex, None without bytes. reencoded:
+    the bytes are not those that were fetched.
+    """
 
     name: str
     fetched: Fetched
     facts: ImageFacts | None
     sha256: str | None
     reason: str | None
+    reencoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,36 @@ class Prepared:
         return "ok" if self.fault is None else "dropped" if self.dropped else "failed"
 
 
+async def prepare_all(
+    rows: Sequence[Row], base: str, fetcher: Fetcher, options: BuildOptions
+) -> list[Prepared]:
+    """`prepare` of rows whose images are all on disks here (see `on_disk`), as one job of a thread."""
+    return await asyncio.to_thread(lambda: [_prepare_local(row, _places(row, base), options) for row in rows])
+
+
+def on_disk(row: Row, base: str) -> bool:
+    """No image of the row is to be fetched from a network or store."""
+    return all(isinstance(place, bytes) or is_local(place) for place in _places(row, base))
+
+
 async def prepare(row: Row, base: str, fetcher: Fetcher, options: BuildOptions) -> Prepared:
     """Fetches and checks the images of `row`; image paths start from `base`, a folder or a URL."""
     if row.fault is not None:
         return Prepared(row, (), row.fault)
-    places = [image if isinstance(image, bytes) else _place(image, base) for image in row.images]
-    if all(isinstance(place, bytes) or is_local(place) for place in places):
-        return await asyncio.to_thread(_prepare_local, row, places, options)  # one thread job for all of it
+    places = _places(row, base)
 
     async def picture(image: Image, place: Image) -> Picture:
         if isinstance(place, bytes):
             return await asyncio.to_thread(check_picture, "inline", Fetched("inline", place), options)
         fetched = await fetcher.fetch(place)
-        return await asyncio.to_thread(check_picture, str(image), fetched, options)
+        decode = options.decode == "all" or (options.decode == "fetched" and not is_local(place))
+        return await asyncio.to_thread(check_picture, str(image), fetched, options, decode)
 
     return with_pictures(row, await asyncio.gather(*map(picture, row.images, places)))
+
+
+def _places(row: Row, base: str) -> list[Image]:
+    return [image if isinstance(image, bytes) else _place(image, base) for image in row.images]
 
 
 def _place(image: str, base: str) -> str:
@@ -74,6 +92,8 @@ def _place(image: str, base: str) -> str:
 
 
 def _prepare_local(row: Row, places: Sequence[Image], options: BuildOptions) -> Prepared:
+    if row.fault is not None:
+        return Prepared(row, (), row.fault)
     pictures = []
     for image, place in zip(row.images, places, strict=True):
         if isinstance(place, bytes):
@@ -83,8 +103,11 @@ def _prepare_local(row: Row, places: Sequence[Image], options: BuildOptions) -> 
     return with_pictures(row, pictures)
 
 
-def check_picture(name: str, fetched: Fetched, options: BuildOptions) -> Picture:
-    """Checks the bytes of `fetched`, makes them smaller if asked, hashes them; faults are in the `reason`."""
+def check_picture(name: str, fetched: Fetched, options: BuildOptions, decode: bool | None = None) -> Picture:
+    """Checks the bytes of `fetched`, makes them anew if asked, hashes them; faults are in the `reason`.
+
+    decode: whether the image is decoded; None: as the options say of local ones.
+    """
     data = fetched.data
     if data is None:
         return Picture(name, fetched, None, None, fetched.reason)
@@ -92,13 +115,26 @@ def check_picture(name: str, fetched: Fetched, options: BuildOptions) -> Picture
         reason = f"{len(data)} bytes, more than the limit of {options.max_bytes}"
         return Picture(name, fetched, None, None, reason)
     try:
-        facts = check_image(data, options.max_pixels, options.decode)
-        if options.max_side is not None and max(facts.width, facts.height) > options.max_side:
-            data, facts = shrink(data, facts, options.max_side)
+        facts = check_image(data, options.max_pixels, options.decode == "all" if decode is None else decode)
+        too_large = options.max_side is not None and max(facts.width, facts.height) > options.max_side
+        made = None
+        if too_large or options.reencode is not None:
+            made = _made_anew(data, facts, options)
+            data, facts = made
             fetched = Fetched(fetched.url, data, None, fetched.http_status, fetched.attempts)
-        return Picture(name, fetched, facts, hashlib.sha256(data).hexdigest(), None)
+        return Picture(name, fetched, facts, hashlib.sha256(data).hexdigest(), None, made is not None)
     except BadInputError as error:
         return Picture(name, fetched, None, hashlib.sha256(data).hexdigest(), str(error))
+
+
+def _made_anew(data: bytes, facts: ImageFacts, options: BuildOptions) -> tuple[bytes, ImageFacts]:
+    try:
+        return reencode(data, facts, options.max_side, options.reencode)
+    except BadInputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInputError(f"damaged {facts.extension} image ({reason})") from error
 
 
 def with_pictures(row: Row, pictures: Sequence[Picture]) -> Prepared:

@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,6 +45,8 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # the names 
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
 
 Record = Mapping[str, Any] | str  # a str says why there is no record
+Span = tuple[int, int]  # first, end
+ALL: Span = (0, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,18 @@ class Source:
     """An opened source.
 
     base: the folder or URL that image paths start from. num_rows: None if only reading to the end tells.
-    sha256: of the content (of a remote dataset: of its name and revision), in hex. part(task, tasks,
-    start): the rows of a task, from its start-th on; the parts of all tasks are disjoint and together all.
+    sha256: of the content (of a remote dataset: of its name and revision), in hex. rows(spans): the rows
+    of ascending spans [first, end) of their numbers, in one pass. part(task, tasks, start): only where
+    num_rows is None: the rows of a task, from its start-th on; the parts of all tasks are disjoint and
+    together all.
     """
 
     name: str
     base: str
     num_rows: int | None
     sha256: str
-    part: Callable[[int, int, int], Iterator[Row]]
-
-    def rows(self, start: int = 0) -> Iterator[Row]:
-        """The rows from number `start` on."""
-        return self.part(0, 1, start)
-
-    def part_rows(self, task: int, tasks: int) -> int | None:
-        """How many rows `part(task, tasks, 0)` has, None if only reading to the end tells."""
-        if self.num_rows is None:
-            return None
-        first, end = _bounds(self.num_rows, task, tasks)
-        return end - first
+    rows: Callable[[Sequence[Span]], Iterator[Row]]
+    part: Callable[[int, int, int], Iterator[Row]] | None = None
 
 
 def open_source(source: str, recipe: Recipe) -> Source:
@@ -117,17 +111,17 @@ def _open_table(source: str, kind: str, recipe: Recipe) -> Source:
         raise BadInputError(f"{source}: no rows; nothing to build")
     make = row_maker(source, columns, recipe)
 
-    def part(task: int, tasks: int, start: int) -> Iterator[Row]:
-        first, end = _bounds(num_rows, task, tasks)
-        records = _records(source, kind, first + start)
-        return _rows(islice(records, max(0, end - first - start)), first + start, 1, make, recipe)
+    def rows(spans: Sequence[Span]) -> Iterator[Row]:
+        at = 0
+        records: Iterator[Record] | None = None
+        for first, end in spans:
+            if records is None or (kind == "parquet" and first > at):  # which skips without reading
+                at, records = first, _records(source, kind, first)
+            yield from _rows(islice(records, first - at, end - at), first, 1, make, recipe)
+            at = end
 
     base = source.rpartition("/")[0] if "://" in source else str(Path(source).resolve().parent)
-    return Source(source, base, num_rows, sha256, part)
-
-
-def _bounds(num_rows: int, task: int, tasks: int) -> tuple[int, int]:
-    return num_rows * task // tasks, num_rows * (task + 1) // tasks
+    return Source(source, base, num_rows, sha256, rows)
 
 
 def _rows(records: Iterable[Record], number: int, step: int, make: RowMaker, recipe: Recipe) -> Iterator[Row]:
@@ -267,12 +261,12 @@ def _open_folder(source: str, recipe: Recipe) -> Source:
             )
             yield {"image": name, "label": Path(name).parent.name or None, "caption": text}
 
-    def part(task: int, tasks: int, start: int) -> Iterator[Row]:
-        first, end = _bounds(len(names), task, tasks)
-        return _rows(records(names[first + start : end]), first + start, 1, make, named)
+    def rows(spans: Sequence[Span]) -> Iterator[Row]:
+        for first, end in spans:
+            yield from _rows(records(names[first:end]), first, 1, make, named)
 
     base = source.rstrip("/") if "://" in source else str(Path(source).resolve())
-    return Source(source, base, len(names), sha256, part)
+    return Source(source, base, len(names), sha256, rows)
 
 
 def _open_hf(source: str, recipe: Recipe) -> Source:
@@ -309,8 +303,12 @@ def _open_hf(source: str, recipe: Recipe) -> Source:
             mine = islice(iter(stream), task + start * tasks, None, tasks)
         return _rows(_guarded(source, mine), task + start * tasks, tasks, make, recipe)
 
+    def rows(spans: Sequence[Span]) -> Iterator[Row]:
+        for first, end in spans:
+            yield from islice(part(0, 1, first), end - first)
+
     identity = f"{name}@{revision or getattr(stream.info, 'dataset_version', None) or ''}#{split or 'train'}"
-    return Source(source, name, None, hashlib.sha256(identity.encode()).hexdigest(), part)
+    return Source(source, name, None, hashlib.sha256(identity.encode()).hexdigest(), rows, part)
 
 
 def _guarded(source: str, records: Iterable[Record]) -> Iterator[Record]:

@@ -25,7 +25,8 @@ from typing import IO
 from shards.format import BadInputError
 
 _BLOCK = 512
-_AHEAD = 16  # pieces, each a sample
+_AHEAD = 8  # pieces
+_PIECE = 2**20  # bytes, at least, except the last
 # webdataset's rule: the key ends at the base name's first dot.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
@@ -77,14 +78,14 @@ class TarShard:
             pieces += [_header(name, len(data)), data, padding]
             written.append(Member(name, suffix, place + _BLOCK, len(data)))
             place += _BLOCK + len(data) + len(padding)
-        self._file.write(b"".join(pieces))
+        self._file.write(pieces)
         self.samples += 1
         return TarSample(key, start, place - start, tuple(written))
 
     def close(self) -> str:
         """Ends the tar, brings it to the disk, returns its sha256 in hex."""
         end = self._file.tell() + 2 * _BLOCK
-        self._file.write(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
+        self._file.write([bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE)])
         return self._file.close()
 
     def abandon(self) -> None:
@@ -166,31 +167,32 @@ def _sample(key: str, found: list[tuple[Member, int, int]]) -> TarSample:
 class _HashedFile:
     """A file being written, its size so far, and the sha256 of all that was written.
 
-    A thread writes and hashes, up to `_AHEAD` pieces behind, so that both go on while the next images are
-    fetched. What it raises comes out of a later `write` or of `close`.
+    A thread writes and hashes pieces of a megabyte, up to `_AHEAD` of them behind, so that both go on while
+    the next images are fetched. What it raises comes out of a later `write` or of `close`.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=0)
         self._sha256 = hashlib.sha256()
-        self._size = 0
+        self._size = self._flushed = 0
+        self._waiting: list[bytes] = []
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: deque[Future[None]] = deque()
 
     def tell(self) -> int:
         return self._size
 
-    def write(self, data: bytes) -> None:
-        if len(self._pending) >= _AHEAD:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, data))
-        self._size += len(data)
+    def write(self, data: Sequence[bytes]) -> None:
+        self._waiting += data
+        self._size += sum(map(len, data))
+        if self._size - self._flushed >= _PIECE:
+            self._flush()
 
     def close(self) -> str:
         try:
+            self._flush()
             while self._pending:
                 self._pending.popleft().result()
-            self._file.flush()
             os.fsync(self._file.fileno())
         finally:
             self.abandon()
@@ -202,6 +204,14 @@ class _HashedFile:
         with contextlib.suppress(OSError):
             self._file.close()
 
+    def _flush(self) -> None:
+        if len(self._pending) >= _AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, b"".join(self._waiting)))
+        self._waiting, self._flushed = [], self._size
+
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
         self._sha256.update(data)

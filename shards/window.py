@@ -2,8 +2,10 @@
 
 A window writes its tars (each holds one split), then its ledger part (the outcome of every row), then its
 index part, whose appearance commits the window: its schema metadata says which rows and shards it covers.
-The files of a worker carry its prefix in their numbers: "" where there is one worker, "0003-" for task 3,
-"r01-" for the first round of rows tried again.
+All files carry the number of their window: `shard-000012.tar` is its first tar, `shard-000012_01.tar` the
+next one. So a window's bytes are a function of its rows alone, whoever writes it and when. Numbers start
+with a prefix for rows tried again ("r01-" in the first round) and where tasks read a stream of unknown length
+("0003-" for task 3).
 
 In: `Prepared` rows. Out: files in the dataset directory, and a `Window` that says what they are. Called by
 `worker` and `build`.
@@ -15,6 +17,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,16 +55,14 @@ class WindowWriter:
     """Writes window `number` of a worker into the dataset in `root`: `add` every row, then `commit` (or
     `abandon`).
 
-    first_shard: the number of the next tar. A tar is closed before it grows past `shard_bytes`, and at the
-    end; there is one open per split. Until `commit`, `window` says what has been added, without its shards.
+    A tar is closed before it grows past `shard_bytes`, and at the end; there is one open per split. Until
+    `commit`, `window` says what has been added, without its shards.
     """
 
-    def __init__(
-        self, root: Path, prefix: str, number: int, first_shard: int, val_fraction: float, shard_bytes: int
-    ) -> None:
+    def __init__(self, root: Path, prefix: str, number: int, val_fraction: float, shard_bytes: int) -> None:
         self.window = Window()
         self.reasons: Counter[str] = Counter()  # of the rows that failed
-        self._root, self._prefix, self._number, self._next_shard = root, prefix, number, first_shard
+        self._root, self._prefix, self._number, self._tars = root, prefix, number, 0
         self._val_fraction, self._shard_bytes = val_fraction, shard_bytes
         self._open: dict[str, tuple[str, TarShard]] = {}
         self._index: list[dict[str, Any]] = []
@@ -123,8 +124,9 @@ class WindowWriter:
         if split in self._open and self._open[split][1].size + size > self._shard_bytes:
             self._close(split)
         if split not in self._open:
-            name = f"shard-{self._prefix}{self._next_shard:06d}.tar"
-            self._next_shard += 1
+            further = f"_{self._tars:02d}" if self._tars else ""
+            name = f"shard-{self._prefix}{self._number:06d}{further}.tar"
+            self._tars += 1
             self._open[split] = (name, TarShard(partial_path(self._root / name)))
         name, tar = self._open[split]
         return name, tar.add(item.row.key, members)
@@ -136,27 +138,43 @@ class WindowWriter:
         self.window.shards.append(ShardInfo(name, tar.samples, tar.size, sha256))
 
 
-def committed_windows(root: Path, prefix: str) -> list[Window]:
-    """The windows that a worker has finished, in order."""
-    windows: list[Window] = []
-    while (part := index_part(root, prefix, len(windows))).exists():
-        stored = json.loads(pq.read_schema(part).metadata[_WINDOW_KEY])
-        shards = [ShardInfo(**shard) for shard in stored["shards"]]
-        samples = Counter(stored["samples"])
-        windows.append(Window(stored["rows"], samples, stored["dropped"], shards, stored["last"]))
+def committed_windows(root: Path, prefix: str, numbers: Iterable[int]) -> dict[int, Window]:
+    """Those of the windows `numbers` of a worker that are finished."""
+    return {number: window for number in numbers if (window := _committed(root, prefix, number)) is not None}
+
+
+def leading_windows(root: Path, prefix: str) -> dict[int, Window]:
+    """The finished windows of a worker that writes them one after the other."""
+    windows: dict[int, Window] = {}
+    while (window := _committed(root, prefix, len(windows))) is not None:
+        windows[len(windows)] = window
     return windows
 
 
-def delete_unfinished(root: Path, prefix: str, windows: list[Window]) -> None:
-    """Deletes what a killed worker has left behind its finished `windows`."""
-    kept = {root / shard.name for window in windows for shard in window.shards}
-    kept |= {ledger_part(root, prefix, number) for number in range(len(windows))}
-    kept |= {index_part(root, prefix, number) for number in range(len(windows))}
-    mine = re.compile(rf"\.?(shard|part)-{prefix}\d{{6}}\.(tar|jsonl|parquet)(\.partial)?")
+def _committed(root: Path, prefix: str, number: int) -> Window | None:
+    part = index_part(root, prefix, number)
+    if not part.exists():
+        return None
+    stored = json.loads(pq.read_schema(part).metadata[_WINDOW_KEY])
+    shards = [ShardInfo(**shard) for shard in stored["shards"]]
+    return Window(stored["rows"], Counter(stored["samples"]), stored["dropped"], shards, stored["last"])
+
+
+def delete_unfinished(
+    root: Path, prefix: str, windows: Mapping[int, Window], numbers: Container[int] | None
+) -> None:
+    """Deletes what a killed worker has left besides its finished `windows`. numbers: of the windows that are
+    its own; None: all with its prefix.
+    """
+    kept = {root / shard.name for window in windows.values() for shard in window.shards}
+    kept |= {ledger_part(root, prefix, number) for number in windows}
+    kept |= {index_part(root, prefix, number) for number in windows}
+    mine = re.compile(rf"\.?(?:shard|part)-{prefix}(\d{{6,}})(?:_\d+)?\.(?:tar|jsonl|parquet)(?:\.partial)?")
     for folder in (root, root / INDEX_DIR, root / LEDGER_DIR):
         for path in folder.iterdir():
-            if path not in kept and mine.fullmatch(path.name):
-                path.unlink()
+            match = mine.fullmatch(path.name)
+            if match and path not in kept and (numbers is None or int(match.group(1)) in numbers):
+                path.unlink(missing_ok=True)
 
 
 def window_files(window: Window, prefix: str, number: int) -> list[str]:

@@ -158,19 +158,20 @@ def test_killed_at_any_moment_the_result_is_the_same_to_the_byte(
     build(str(source), str(tmp_path / "whole"), ASK)
     code = (
         "import sys, time; from shards.build import BuildOptions, build\n"
-        f"build({str(source)!r}, sys.argv[1], BuildOptions(**{ASK.__dict__!r}),"
+        f"options = {ASK.__dict__!r} | {{'processes': int(sys.argv[2])}}\n"
+        f"build({str(source)!r}, sys.argv[1], BuildOptions(**options),"
         " lambda done, total: print(done, flush=True) or time.sleep(0.005))"
     )
     out = tmp_path / "killed"
     moments = random.Random(0)
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
+    for processes in ("1", "2", "1", "2"):
+        process = subprocess.Popen([sys.executable, "-c", code, str(out), processes], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(moments.uniform(0, 0.12))
         process.kill()
         process.communicate()
-    subprocess.run([sys.executable, "-c", code, str(out)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code, str(out), "2"], check=True, stdout=subprocess.DEVNULL)
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -279,6 +280,20 @@ def test_duplicates_are_dropped_and_named_also_after_a_kill(
     ]
     build(str(source), str(tmp_path / "whole"), options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_images_made_anew_are_so_in_the_ledger(tmp_path: Path, table: Callable[..., Path]) -> None:
+    source = str(table(4))
+    for name in ("out", "again"):
+        build(source, str(tmp_path / name), changed(reencode="webp:80"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    rows = read_index(str(tmp_path / "out")).to_pylist()
+    assert all(row["images"][0]["member"].endswith(".webp") for row in rows)
+    for row, entry in zip(sorted(rows, key=lambda row: row["key"]), ledger(tmp_path / "out"), strict=True):
+        assert entry["images"][0]["reencoded"] and entry["images"][0]["bytes"] == row["images"][0]["length"]
+    assert verify(str(tmp_path / "out"), decode=1).faults == ()
+    build(source, str(tmp_path / "kept"), ASK)
+    assert not any(entry["images"][0]["reencoded"] for entry in ledger(tmp_path / "kept"))
 
 
 def test_large_images_are_made_smaller_if_asked(tmp_path: Path, table: Callable[..., Path]) -> None:

@@ -1,13 +1,15 @@
 """Pictures are judged by their content alone."""
 
+import contextlib
 import io
+import random
 from collections.abc import Callable
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
 from shards.format import BadInputError
-from shards.images import check_image, shrink, sniff
+from shards.images import check_image, parse_coding, reencode, sniff
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
@@ -55,10 +57,59 @@ def test_others_are_refused_with_the_reason(picture: Callable[..., bytes]) -> No
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_without_decoding_files_cut_short_are_still_found(picture: Callable[..., bytes], kind: str) -> None:
-    data = picture(1, kind, (300, 200), orientation=6)
-    assert check_image(data, decode=False) == check_image(data)
-    with pytest.raises(BadInputError, match="damaged"):
-        check_image(data[: len(data) * 2 // 3], decode=False)
+    for orientation in (1, 6):
+        data = picture(1, kind, (300, 200), orientation=orientation)
+        assert check_image(data, decode=False) == check_image(data)
+        with pytest.raises(BadInputError, match="60000 pixels|x.* pixels, more than the limit of 100"):
+            check_image(data, max_pixels=100, decode=False)
+        for length in (len(data) * 2 // 3, len(data) - 2):
+            with pytest.raises(BadInputError, match="damaged"):
+                check_image(data[:length], decode=False)
+
+
+def test_the_quick_look_at_a_jpeg_agrees_with_pillow() -> None:
+    image = Image.frombytes("RGB", (8, 8), random.Random(1).randbytes(192)).resize((301, 203))
+    for mode, settings in [
+        ("RGB", {}), ("L", {}), ("CMYK", {}), ("RGB", {"progressive": True}), ("RGB", {"optimize": True}),
+        ("RGB", {"restart_marker_rows": 1}), ("RGB", {"comment": b"\xff\xd9\xff\xda"}),
+        ("RGB", {"subsampling": 0, "quality": 100}),
+    ]:  # fmt: skip
+        data = io.BytesIO()
+        image.convert(mode).save(data, "JPEG", **settings)
+        assert check_image(data.getvalue(), decode=False) == check_image(data.getvalue()), (mode, settings)
+        rng = random.Random(2)
+        for _ in range(200):  # whatever the damage: a size or a refusal
+            damaged = bytearray(data.getvalue())
+            damaged[rng.randrange(2, 700)] = rng.randrange(256)
+            with contextlib.suppress(BadInputError):
+                check_image(bytes(damaged), decode=False)
+
+
+@pytest.mark.parametrize("coding", ["jpeg:90", "webp:80", "png", "jpeg"])
+def test_pictures_are_made_anew_upright_and_alike(picture: Callable[..., bytes], coding: str) -> None:
+    data = picture(1, "PNG", (75, 50), orientation=6)
+    first, facts = reencode(data, check_image(data), None, coding)
+    assert reencode(data, check_image(data), None, coding)[0] == first and check_image(first) == facts
+    assert facts.extension == {"jpeg": "jpg"}.get(coding.split(":")[0], coding.split(":")[0])
+    assert (facts.width, facts.height) == (50, 75)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    made = Image.open(io.BytesIO(first)).convert("RGB")
+    most = max(high for _, high in ImageChops.difference(upright, made).getextrema())
+    assert most < (1 if coding == "png" else 80)
+
+
+def test_what_shines_through_becomes_white_in_a_jpeg() -> None:
+    for mode in ("RGBA", "LA"):
+        data = io.BytesIO()
+        Image.new(mode, (20, 20), 0).save(data, "PNG")
+        small, facts = reencode(data.getvalue(), check_image(data.getvalue()), None, "jpeg:95")
+        assert facts.extension == "jpg" and Image.open(io.BytesIO(small)).convert("L").getextrema()[0] > 250
+
+
+@pytest.mark.parametrize("coding", ["gif", "jpeg:0", "jpeg:101", "jpeg:", "png:9", "jpeg:x"])
+def test_other_codings_are_refused(coding: str) -> None:
+    with pytest.raises(BadInputError, match="it must be jpeg, webp or png"):
+        parse_coding(coding)
 
 
 def test_the_end_of_a_thumbnail_is_not_the_end_of_the_picture(picture: Callable[..., bytes]) -> None:
@@ -74,6 +125,6 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_picture(picture: Callable[
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_shrunk_pictures_are_upright_and_of_the_same_format(picture: Callable[..., bytes], kind: str) -> None:
     data = picture(1, kind, (300, 200), orientation=6)
-    small, facts = shrink(data, check_image(data), 90)
+    small, facts = reencode(data, check_image(data), 90)
     assert (facts.width, facts.height) == (60, 90) and check_image(small) == facts
     assert Image.open(io.BytesIO(small)).format == kind

@@ -12,7 +12,7 @@ import pytest
 
 from shards.format import BadInputError
 from shards.rows import PRODUCT_COLUMNS, PRODUCT_PROMPT, Recipe, Row
-from shards.sources import open_source
+from shards.sources import ALL, open_source
 from tests.shards.conftest import write_csv
 
 ASK = Recipe(images=("image",), prompt="What is {name}?", answer="{price} {{EUR}}")
@@ -20,7 +20,7 @@ ASK = Recipe(images=("image",), prompt="What is {name}?", answer="{price} {{EUR}
 
 def rows_of(path: Path, recipe: Recipe) -> list[Row]:
     source = open_source(str(path), recipe)
-    rows = list(source.rows(0))
+    rows = list(source.rows([ALL]))
     assert len(rows) == source.num_rows
     return rows
 
@@ -47,7 +47,7 @@ def test_a_table_is_filled_into_the_templates(tmp_path: Path) -> None:
 def test_rows_go_on_in_the_middle(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [(f"{n}.jpg", n, n) for n in range(9)])
     source = open_source(str(path), ASK)
-    assert list(source.rows(6)) == list(source.rows(0))[6:]
+    assert list(source.rows([(6, ALL[1])])) == list(source.rows([ALL]))[6:]
 
 
 def test_parquet_with_lists_and_dates(tmp_path: Path) -> None:
@@ -228,10 +228,10 @@ def test_a_hugging_face_dataset_with_pictures_in_it(tmp_path: Path, picture: Cal
     columns = {"photo": [{"bytes": picture(n), "path": None} for n in range(3)], "name": ["a", "b", None]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train.parquet"))
     source = open_source(f"hf:{tmp_path}", Recipe(("photo",), "?", "{name}"))
-    rows = list(source.rows())
+    rows = list(source.rows([ALL]))
     assert source.num_rows is None and [row.fault for row in rows] == [None, None, "column 'name' is empty"]
     assert rows[1].images == (picture(1),) and rows[1].meta == {"name": "b"}
-    assert list(source.rows(1)) == rows[1:]
+    assert list(source.rows([(1, ALL[1])])) == rows[1:]
     with pytest.raises(BadInputError, match="cannot be loaded by `datasets`") as caught:
         open_source(f"hf:{tmp_path}#test", Recipe(("photo",), "?", "{name}"))
     assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Several tasks build one dataset without knowing of each other."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.build import BuildOptions, build, build_task, close_tasks, retry_failed, waits_for_close
-from shards.format import BadInputError, read_index
+from shards.format import BadInputError
 from shards.rows import Recipe
-from shards.sources import open_source
+from shards.sources import ALL, open_source
 from shards.verify import verify
 
 ASK = BuildOptions(("image",), "?", "{name}", shard_samples=5, val_fraction=0.3)
@@ -30,30 +31,79 @@ def test_tasks_at_once_give_the_rows_of_one_build(tmp_path: Path, table: Callabl
     assert waits_for_close(out)
     info = close_tasks(out)
     assert info.num_samples == 33 and not waits_for_close(out) and close_tasks(out) == info
-    assert info.shards[0].name.startswith("shard-0000-") and info.shards[-1].name.startswith("shard-0002-")
+    assert build(source, str(tmp_path / "one"), ASK) == info
+    assert files(Path(out)) == files(tmp_path / "one") and verify(out, decode=1).faults == ()
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("columns", ["csv", "parquet", "jsonl"])
+def test_processes_write_what_one_writes(tmp_path: Path, table: Callable[..., Path], columns: str) -> None:
+    source = table(33)
+    if columns != "csv":
+        rows = list(csv.DictReader(source.open()))
+        source = source.with_suffix(f".{columns}")
+        if columns == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=4)
+        else:
+            source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen: list[int] = []
+    two = BuildOptions(**{**ASK.__dict__, "processes": 2})
+    build(str(source), str(tmp_path / "two"), two, lambda done, total: seen.append(done))
+    build(str(source), str(tmp_path / "one"), ASK)
+    assert files(tmp_path / "two") == files(tmp_path / "one") and seen[-1] == 33
+
+
+def test_what_a_process_finds_is_said_once_and_mended(tmp_path: Path, table: Callable[..., Path]) -> None:
+    source = table(40)
+    hidden = [source.parent / f"{n}.jpg" for n in range(20, 40)]
+    for path in hidden:
+        path.rename(path.with_suffix(".away"))
+    two = BuildOptions(**{**ASK.__dict__, "processes": 2})
+    with pytest.raises(BadInputError, match="rows failed and only 2 of 40 may .* no such file"):
+        build(str(source), str(tmp_path / "out"), two)
+    for path in hidden:
+        path.with_suffix(".away").rename(path)
+    build(str(source), str(tmp_path / "out"), two)
+    build(str(source), str(tmp_path / "one"), ASK)
+    assert files(tmp_path / "out") == files(tmp_path / "one")
+
+
+def test_without_a_task_the_rest_of_the_tasks_is_built(tmp_path: Path, table: Callable[..., Path]) -> None:
+    source, out = str(table(33)), str(tmp_path / "out")
+    build_task(source, out, 1, 3, ASK)
+    build(source, out, ASK)
     build(source, str(tmp_path / "one"), ASK)
-    wanted = ["key", "split", "messages", "meta"]
-    one = sorted(read_index(str(tmp_path / "one"), columns=wanted).to_pylist(), key=lambda row: row["key"])
-    many = sorted(read_index(out, columns=wanted).to_pylist(), key=lambda row: row["key"])
-    assert one == many and verify(out, decode=1).faults == ()
-    assert not list(Path(out).glob(".*"))
+    assert files(Path(out)) == files(tmp_path / "one") and not waits_for_close(out)
+
+
+def test_tasks_drop_the_duplicates_among_their_own_rows(tmp_path: Path, table: Callable[..., Path]) -> None:
+    source, out = table(20), str(tmp_path / "out")
+    for number in (3, 15, 19):
+        (source.parent / f"{number}.jpg").write_bytes((source.parent / "1.jpg").read_bytes())
+    options = BuildOptions(**{**ASK.__dict__, "duplicates": "drop"})
+    for task in range(2):
+        build_task(str(source), out, task, 2, options)
+    assert close_tasks(out).num_samples == 18  # of 1 and 3 one, of 15 and 19 one
 
 
 def test_a_task_run_again_does_nothing_and_missing_ones_are_named(
     tmp_path: Path, table: Callable[..., Path]
 ) -> None:
-    source, out = str(table(10)), str(tmp_path / "out")
+    source, out = str(table(20)), str(tmp_path / "out")
     first = build_task(source, out, 1, 4, ASK)
     assert build_task(source, out, 1, 4, ASK) == first
     with pytest.raises(BadInputError, match="not done yet: task 0, 2, 3 of 4; run them again"):
         close_tasks(out)
-    with pytest.raises(BadInputError, match="tasks 4, now 2; choose another --out"):
+    with pytest.raises(BadInputError, match="is being built by 4 tasks, now 2; use --task I/4"):
         build_task(source, out, 0, 2, ASK)
     with pytest.raises(BadInputError, match="task 4/4: the task must be from 0 to 3"):
         build_task(source, out, 4, 4, ASK)
     for task in (0, 2, 3):
         build_task(source, out, task, 4, ASK)
-    assert close_tasks(out).num_samples == 10
+    assert close_tasks(out).num_samples == 20
     (Path(source).parent / "3.jpg").unlink()
 
 
@@ -85,26 +135,51 @@ def test_failed_rows_of_all_tasks_are_tried_again(tmp_path: Path, table: Callabl
     assert verify(out, decode=1).faults == ()
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "hf"])
-def test_the_parts_of_a_source_are_disjoint_and_everything(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["csv", "parquet", "folder"])
+def test_spans_of_a_source_are_its_rows(tmp_path: Path, table: Callable[..., Path], kind: str) -> None:
+    source = table(23)
+    recipe = Recipe(("image",), "?", "{name}")
+    if kind == "parquet":
+        source = source.with_suffix(".parquet")
+        pq.write_table(
+            pa.table({"image": ["x"] * 23, "name": [f"n{n}" for n in range(23)]}), source, row_group_size=4
+        )
+    elif kind == "folder":
+        source.unlink()
+        source, recipe = source.parent, Recipe((), "?", "{label}")
+    opened = open_source(str(source), recipe)
+    rows = list(opened.rows([ALL]))
+    assert [row.number for row in rows] == list(range(23))
+    for spans in ([(0, 5), (5, 6)], [(3, 9), (17, 23)], [(22, 23)], [(1, 2), (9, 10), (11, 12)]):
+        assert list(opened.rows(spans)) == [row for first, end in spans for row in rows[first:end]]
+
+
+def test_the_parts_of_a_stream_are_disjoint_and_everything(tmp_path: Path) -> None:
     columns = {"image": [f"{n}.jpg" for n in range(23)], "name": [f"n{n}" for n in range(23)]}
-    if kind == "csv":
-        place = tmp_path / "t.csv"
-        place.write_text("image,name\n" + "".join(f"{n}.jpg,n{n}\n" for n in range(23)))
-    else:
-        place = tmp_path / "t.parquet"
-        pq.write_table(pa.table(columns), place, row_group_size=4)
-    source = open_source(f"hf:{tmp_path}" if kind == "hf" else str(place), Recipe(("image",), "?", "{name}"))
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=4)
+    source = open_source(f"hf:{tmp_path}", Recipe(("image",), "?", "{name}"))
+    assert source.part is not None and source.num_rows is None
     for tasks in (1, 2, 3, 30):
         parts = [list(source.part(task, tasks, 0)) for task in range(tasks)]
         numbers = [row.number for part in parts for row in part]
         assert sorted(numbers) == list(range(23)) and len({row.key for part in parts for row in part}) == 23
         assert sorted(row.messages[1]["content"] for part in parts for row in part) == sorted(columns["name"])
         for task, part in enumerate(parts):
-            assert source.part_rows(task, tasks) in (len(part), None)
             assert list(source.part(task, tasks, 2)) == part[2:]
 
 
-def test_plan_of_a_build_says_how_many_tasks(tmp_path: Path, table: Callable[..., Path]) -> None:
-    build_task(str(table(4)), str(tmp_path / "out"), 0, 2, ASK)
-    assert json.loads((tmp_path / "out/build.json").read_text())["built_with"]["tasks"] == 2
+def test_tasks_of_a_stream_have_files_of_their_own(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    import datasets
+
+    features = datasets.Features({"photo": datasets.Image(), "name": datasets.Value("string")})
+    columns = {"photo": [{"bytes": picture(n), "path": None} for n in range(11)], "name": ["x"] * 11}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "data/train.parquet"))
+    source, out = f"hf:{tmp_path / 'data'}", str(tmp_path / "out")
+    options = BuildOptions(("photo",), "?", "{name}", shard_samples=3)
+    for task in (1, 0):
+        with pytest.raises(BadInputError, match="not done yet: task"):
+            close_tasks(out) if task == 0 else build_task(source, out, task, 2, options) and close_tasks(out)
+        build_task(source, out, task, 2, options)
+    assert close_tasks(out).num_samples == 11 and verify(out, decode=1).faults == ()
+    assert (tmp_path / "out/index/part-0001-000000.parquet").exists()
