@@ -62,7 +62,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
         from phi3v_dist.rundir import log_to_files
         from phi3v_dist.train import train as train_run
 
-        with open_mesh(run.parallel.timeout_s) as mesh:
+        with open_mesh(run.parallel.timeout_s, run.parallel.sp) as mesh:
             log_to_files(run.run_dir, mesh.rank)
             try:
                 train_run(run, mesh)
@@ -106,7 +106,7 @@ def plan(
 def estimate(
     config: Config,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="data-parallel GPUs")] = 8,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job")] = 8,
     gpu_memory: Annotated[float, typer.Option(help="GB (10^9 bytes) of one GPU")] = 80.0,
 ) -> None:
     """Show how much memory a config needs on each GPU. Neither data nor weights are needed.
@@ -117,10 +117,12 @@ def estimate(
 
     run = load_config(config, overrides or [])
     from phi3v_dist.estimate import describe
-    from phi3v_dist.estimate import estimate as estimate_memory
+    from phi3v_dist.limits import check_shapes
     from phi3v_dist.origin import model_config_of
 
-    print("\n".join(describe(estimate_memory(run, model_config_of(run), gpus), int(gpu_memory * 1e9))))
+    model = model_config_of(run)
+    check_shapes(run, model, gpus)
+    print("\n".join(describe(run, model, gpus, int(gpu_memory * 1e9))))
 
 
 @app.command()

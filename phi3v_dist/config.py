@@ -156,14 +156,41 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the work is spread over ranks by ZeRO-3.
+    """How the work is spread over ranks by ZeRO-3, and what is kept where. None of it changes the curve.
 
-    persistence_threshold: parameters with fewer elements stay whole on every rank. timeout_s: seconds before
-    a collective that waits for a lost rank fails.
+    sp: neighbouring ranks that share a packed row (Ulysses sequence parallelism); divides the attention heads
+    and the number of ranks. tile_mlp: positions that an MLP works on at a time, 0 for all.
+    offload_checkpoints: inputs of the decoder layers wait for backward in host memory. offload_optimizer:
+    where gradients, float32 master weights and Adam's moments live, and the step is taken; nvme: in files
+    under offload_path. offload_params: where weights live that are not in use. offload_path: a directory on a
+    disk of every node, for nvme. persistence_threshold: parameters with fewer elements stay whole on every
+    rank. timeout_s: seconds before a collective that waits for a lost rank fails. peak_tflops: dense bf16
+    peak of one GPU for MFU, where the built-in table does not know the GPU.
     """
 
+    sp: int = Field(1, ge=1)
+    tile_mlp: int = Field(0, ge=0)
+    offload_checkpoints: bool = False
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_params: Literal["none", "cpu"] = "none"
+    offload_path: str | None = None
     persistence_threshold: int = Field(100_000, ge=0)
     timeout_s: float = Field(600.0, gt=0)
+    peak_tflops: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _offload_somewhere(self) -> ParallelConfig:
+        if (self.offload_optimizer == "nvme") != (self.offload_path is not None):
+            raise ValueError(
+                "parallel.offload_path (a directory on a disk of the node) goes with "
+                "parallel.offload_optimizer=nvme: give both or neither"
+            )
+        if self.offload_params != "none" and self.offload_optimizer == "none":
+            raise ValueError(
+                "parallel.offload_params needs parallel.offload_optimizer=cpu, which frees more memory; "
+                "set that first"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -233,6 +260,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
+
+    @property
+    def views_per_call(self) -> int:
+        """Views of a row that pass the tower at once, on all the ranks that share the row."""
+        return self.model.vision_chunk * self.parallel.sp
 
     @property
     def run_dir(self) -> Path:

@@ -1,85 +1,307 @@
-"""How much memory a configuration needs on each GPU, worked out before one is asked for. Pure arithmetic.
+"""How much memory a configuration needs on each GPU and its host, worked out before one is asked for.
 
 In: the model's config, the run's settings, a number of GPUs. Out: bytes per component. Sizes follow from the
-shapes of this implementation (checkpointing per decoder layer, chunked loss, vision in chunks); what the
-allocator and the libraries take on top is one flat allowance. Not yet held against a GPU: take it as a guide.
-Called by `phi3v estimate`.
+shapes of this implementation: ZeRO-3 slices, checkpointing per decoder layer, tiles, chunks, sequence
+parallelism, offload. Work that is not done at the same time (a decoder layer's backward, the loss head, the
+tower, the optimizer's step) is counted once, the largest. Pure arithmetic; `phi3v estimate` shows it,
+`limits` refuses by it, benchmarks/long_context.py holds it against resident memory on a CPU.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from phi3v_dist.config import RunConfig
+from phi3v_dist.flops import RowShape, row_flops
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import expected_shapes
 from phi3v_dist.optim import group_of
+from phi3v_dist.processor.geometry import image_token_count
 
+# DeepSpeed's buffers in elements; parallel.zero sets them. One or two decoder layers of the published model:
+# gradients reduced together, weights whole at a time. Its defaults would hold several times as much.
+REDUCE_BUCKET = 125_000_000
+MAX_LIVE = 300_000_000
+_SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements of an optimizer step at a time
 _RESERVE = 3 * 2**30  # CUDA context, NCCL buffers, fragmentation
-_CHUNK = 4096  # positions of the loss head at a time, at most
+_HEAD_CHUNK = 4096  # positions of the loss head at a time, at most
+
+
+@dataclass(frozen=True)
+class Component:
+    """gpu, host: bytes on one GPU and on the host for it. phase: when, "" for all the time."""
+
+    name: str
+    gpu: int
+    host: int = 0
+    phase: str = ""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one GPU by component, in the order of the table; total is their sum."""
+    """The components in the order of the table. disk: bytes under parallel.offload_path for one GPU."""
 
-    components: dict[str, int]
+    components: tuple[Component, ...]
+    disk: int = 0
+
+    def __getitem__(self, name: str) -> Component:
+        return next(component for component in self.components if component.name == name)
+
+    @property
+    def busiest(self) -> str:
+        """The phase that needs most."""
+        phases = {c.phase for c in self.components if c.phase}
+        return max(phases, key=self._of)
+
+    def _of(self, phase: str) -> int:
+        return sum(c.gpu for c in self.components if c.phase == phase)
 
     @property
     def total(self) -> int:
-        return sum(self.components.values())
+        """Bytes on one GPU at the peak."""
+        return self._of("") + self._of(self.busiest)
+
+    @property
+    def without_reserve(self) -> int:
+        return self.total - self["reserve"].gpu
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host for one GPU, beside the process itself and its data workers."""
+        return sum(c.host for c in self.components)
 
 
-def estimate(config: RunConfig, model: Phi3VConfig, gpus: int) -> Estimate:
-    """Memory of one of `gpus` data-parallel ranks that train rows of data.seq_len tokens."""
-    size = 2 if config.model.dtype == "bfloat16" else 4
-    total = learning = largest = 0
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters: of the whole model, of those that learn, of one decoder layer, of the largest tensor."""
+
+    total: int
+    learning: int
+    layer: int
+    largest: int
+
+
+def sizes_of(config: RunConfig, model: Phi3VConfig) -> Sizes:
+    total = learning = largest = layer = 0
     for name, shape in expected_shapes(model).items():
-        numel = 1
-        for side in shape:
-            numel *= side
+        numel = math.prod(shape)
         total += numel
         largest = max(largest, numel)
+        layer += numel if name.startswith("model.layers.0.") else 0
         learning += 0 if group_of(name) in config.model.freeze else numel
-    tokens, hidden = config.data.seq_len, model.hidden_size
-    layer = 4 * hidden * hidden + 3 * hidden * model.intermediate_size
-    # One decoder layer at work: residual, norms, q k v and their rotated copies, attention's output, gate, up
-    # their product, and the gradients of the widest.
-    layer_work = tokens * (10 * hidden + 5 * model.intermediate_size) * size
-    checkpointed = config.model.gradient_checkpointing
-    kept = model.num_hidden_layers * (tokens * hidden * size if checkpointed else layer_work)
+    return Sizes(total, learning, layer, largest)
+
+
+def fullest_row(config: RunConfig, model: Phi3VConfig) -> tuple[int, int]:
+    """(pictures, views) of a row of data.seq_len tokens that is nothing but square pictures."""
+    side = model.tile // model.clip_config().patch_size // 2
+    edge = math.isqrt(config.data.num_crops)
+    tokens = image_token_count(edge, edge, side)
+    pictures = max(1, config.data.seq_len // tokens)
+    return pictures, pictures * (edge * edge + 1)
+
+
+def estimate(
+    config: RunConfig,
+    model: Phi3VConfig,
+    gpus: int,
+    *,
+    targets: int | None = None,
+    pictures: tuple[int, int] | None = None,
+    reserve: int = _RESERVE,
+    cuda: bool = True,
+) -> Estimate:
+    """Memory of one of `gpus` ranks that train rows of data.seq_len tokens.
+
+    targets: supervised positions of a row; None: an eighth of them. pictures: pictures and views of a row;
+    None: as many as fill it. reserve: what libraries take, bytes. cuda: False for ranks on a CPU, whose
+    memory is GPU and host in one.
+    """
+    parallel = config.parallel
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    sizes = sizes_of(config, model)
+    held, learns = -(-sizes.total // gpus), -(-sizes.learning // gpus)
+    positions = -(-config.data.seq_len // parallel.sp)
+    to_host = parallel.offload_optimizer != "none"
+    to_disk = parallel.offload_optimizer == "nvme"
+    params_away = parallel.offload_params == "cpu"
+    gathers = gpus > 1 or params_away
+    found = [
+        Component("weights", 0 if params_away else held * size, held * size if params_away else 0),
+        Component("weights gathered", _gathered(sizes, size) if gathers else 0),
+        Component(
+            "gradients", 0 if to_host else learns * 4, learns * (4 if to_disk else 8) if to_host else 0
+        ),
+        Component("optimizer", 0 if to_host else learns * 12, 0 if to_disk or not to_host else learns * 12),
+        Component("communication buffers", _buffers(sizes, size)),
+        *_checkpoints(config, model, positions, size, cuda),
+        *_layer(config, model, positions, size),
+        _loss_head(model, positions, targets if targets is not None else config.data.seq_len // 8, size),
+        *_vision(config, model, pictures or fullest_row(config, model), size),
+        # torch's AdamW and the copy of the gradients work on one sub-group of DeepSpeed's at a time
+        Component("optimizer at work", 0 if to_host else 12 * min(learns, _SUB_GROUP), phase="step"),
+        Component("reserve", reserve),
+    ]
+    return Estimate(tuple(found), learns * 16 if to_disk else 0)
+
+
+def _gathered(sizes: Sizes, size: int) -> int:
+    """The layer at work, and the next one on its way."""
+    return min(sizes.total, MAX_LIVE, 2 * max(sizes.layer, sizes.largest)) * size
+
+
+def _buffers(sizes: Sizes, size: int) -> int:
+    """Gradients that wait to be reduced: the bucket in the compute dtype, and its float32 copy."""
+    bucket = min(sizes.learning, REDUCE_BUCKET)
+    return bucket * size + bucket * (4 if size < 4 else 0)
+
+
+def _checkpoints(
+    config: RunConfig, model: Phi3VConfig, positions: int, size: int, cuda: bool
+) -> list[Component]:
+    one = positions * model.hidden_size * size
+    if not config.model.gradient_checkpointing:
+        return []
+    if config.parallel.offload_checkpoints:
+        pinned = (
+            1 << (one - 1).bit_length() if cuda else one
+        )  # the allocator of pinned memory rounds up to a power of two
+        return [Component("layer inputs", 2 * one, model.num_hidden_layers * pinned)]
+    return [Component("layer inputs", model.num_hidden_layers * one)]
+
+
+def _layer(config: RunConfig, model: Phi3VConfig, positions: int, size: int) -> list[Component]:
+    """One decoder layer in backward; without checkpointing what all layers keep, and one at work."""
+    hidden, inner = model.hidden_size, model.intermediate_size
+    kv = (model.num_key_value_heads or model.num_attention_heads) / model.num_attention_heads
+    norms = hidden * (2 * size + 4 * (2 if size < 4 else 1))  # each: normalised, scaled; float32 in between
+    qkv = hidden * (1 + 2 * kv) * size
+    # projection, rotated query and key, attention's output, and what travels: all that, once more
+    kept = norms + hidden * size + qkv + hidden * (1 + kv) * size + hidden * size
+    moved = (qkv + hidden * size) if config.parallel.sp > 1 else 0
+    back = qkv + 2 * hidden * size  # gradients of query, key, value, of attention's output and of the input
+    attention = int(positions * (kept + moved + back))
+    tile = min(config.parallel.tile_mlp or positions, positions)
+    norm = hidden * (2 * size + 4 * (2 if size < 4 else 1))
+    # gate and up together, the activation, the product; gradients of the product and of gate and up
+    mlp = positions * (norm + 3 * hidden * size) + tile * inner * 8 * size
+    if config.parallel.tile_mlp and tile < positions:
+        mlp += 3 * hidden * inner * 4  # the tiles' weight gradients are summed in float32
+    if config.model.gradient_checkpointing:
+        return [
+            Component("attention", attention, phase="layer"),
+            Component("MLP", mlp, phase="layer"),
+        ]
+    layers = model.num_hidden_layers
+    every = layers * int(positions * (kept + moved)) + int(positions * back)
+    activations = 0 if tile < positions else 4 * positions * inner * size  # a tiled MLP keeps none
+    every_mlp = layers * (positions * norm + activations) + 4 * tile * inner * size
+    return [Component("attention", every, phase="layer"), Component("MLP", every_mlp, phase="layer")]
+
+
+def _loss_head(model: Phi3VConfig, positions: int, targets: int, size: int) -> Component:
+    """Hidden states of the supervised positions and their gradients, a chunk of logits, the gradient of the
+    weight. All targets may lie in one slice.
+    """
+    targets = min(targets, positions)
+    states = 3 * targets * model.hidden_size * size + positions * model.hidden_size * size
+    logits = min(targets, _HEAD_CHUNK) * model.vocab_size * (size + 4)
+    return Component("loss head", states + logits + model.vocab_size * model.hidden_size * 4, phase="head")
+
+
+def _vision(config: RunConfig, model: Phi3VConfig, pictures: tuple[int, int], size: int) -> list[Component]:
+    """The pictures themselves, and the tower: a chunk of views in backward, its layer inputs; without
+    checkpointing everything of every view.
+    """
     clip = model.clip_config()
     patches = (clip.image_size // clip.patch_size) ** 2 + 1
-    chunk_work = (
-        config.model.vision_chunk * patches * (8 * clip.hidden_size + 2 * clip.intermediate_size) * size
-    )
-    # Pictures fill a row at most; a view of 12 x 12 tokens and its separators costs about 150.
-    views = tokens // max(1, (clip.image_size // clip.patch_size // 2) ** 2)
-    chunks = -(-views // config.model.vision_chunk)
-    vision = chunk_work if checkpointed else chunk_work * chunks * clip.num_hidden_layers
-    features = views * patches * clip.hidden_size * size + views * 3 * clip.image_size**2 * (1 + size)
-    return Estimate(
-        {
-            "weights": total * size // gpus,
-            "weights gathered for a layer": 2 * max(layer, largest) * size if gpus > 1 else 0,
-            "gradients": learning * size // gpus,
-            "optimizer (fp32 master, two moments)": learning * 12 // gpus,
-            "layer inputs" if checkpointed else "activations": kept,
-            "one decoder layer at work": layer_work if checkpointed else 0,
-            "vision": vision + features,
-            "loss head": min(tokens, _CHUNK) * model.vocab_size * (size + 4),
-            "reserve": _RESERVE,
-        }
-    )
+    count, views = pictures
+    mine = -(-views // config.parallel.sp)
+    chunk = min(config.model.vision_chunk, mine)
+    pixels = 3 * clip.image_size**2
+    raw = (views - count) * pixels + -(-count // config.parallel.sp) * pixels * 4
+    token = clip.hidden_size * size
+    layer = patches * (12 * token + 3 * clip.intermediate_size * size)
+    projector = (patches // 4) * (4 * token + 3 * model.hidden_size * size)
+    tokens = mine * (patches // 4) * model.hidden_size * size
+    if config.model.gradient_checkpointing:
+        work = chunk * (layer + clip.num_hidden_layers * patches * token + projector + pixels * (4 + size))
+    else:
+        work = mine * (layer * (clip.num_hidden_layers - 1) + projector + pixels * (4 + size))
+    return [
+        Component("pictures", raw),
+        Component("vision", work + 3 * tokens, phase="vision"),
+    ]
 
 
-def describe(found: Estimate, gpu_bytes: int) -> list[str]:
-    """The table, and whether it fits into `gpu_bytes`."""
-    lines = [f"{name:38} {value / 1e9:8.2f} GB" for name, value in found.components.items()]
-    fits = (
-        "fits"
-        if found.total <= gpu_bytes
-        else "does not fit: use more GPUs, a shorter data.seq_len or model.freeze"
+def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> list[str]:
+    """Changes that help, each one that makes it fit alone first; at most three."""
+    changes: list[tuple[str, dict[str, dict[str, object]]]] = []
+    parallel = config.parallel
+    heads = math.gcd(model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads)
+    wider = [sp for sp in range(parallel.sp + 1, gpus + 1) if gpus % sp == 0 and heads % sp == 0]
+    if not config.model.gradient_checkpointing:
+        changes.append(("model.gradient_checkpointing=true", {"model": {"gradient_checkpointing": True}}))
+    changes += [(f"parallel.sp={sp}", {"parallel": {"sp": sp}}) for sp in wider]
+    if not parallel.tile_mlp:
+        changes.append(("parallel.tile_mlp=4096", {"parallel": {"tile_mlp": 4096}}))
+    if config.model.gradient_checkpointing and not parallel.offload_checkpoints:
+        changes.append(("parallel.offload_checkpoints=true", {"parallel": {"offload_checkpoints": True}}))
+    if parallel.offload_optimizer == "none":
+        changes.append(("parallel.offload_optimizer=cpu", {"parallel": {"offload_optimizer": "cpu"}}))
+    elif parallel.offload_params == "none" and parallel.offload_optimizer == "cpu":
+        changes.append(("parallel.offload_params=cpu", {"parallel": {"offload_params": "cpu"}}))
+    if config.model.vision_chunk > 16:
+        changes.append(("model.vision_chunk=16", {"model": {"vision_chunk": 16}}))
+    changes.append(
+        (f"data.seq_len={config.data.seq_len // 2}", {"data": {"seq_len": config.data.seq_len // 2}})
     )
-    lines.append(f"{'total on each GPU':38} {found.total / 1e9:8.2f} GB of {gpu_bytes / 1e9:.0f} GB: {fits}")
+    saved = []
+    for name, change in changes:
+        changed = config.model_copy(
+            update={
+                section: getattr(config, section).model_copy(update=values)
+                for section, values in change.items()
+            }
+        )
+        saved.append((estimate(changed, model, gpus).total, name))
+    alone = [f"{name} makes it {total / 1e9:.0f} GB" for total, name in saved if total <= gpu_bytes]
+    if alone:
+        return alone[:3]
+    best = [name for _, name in sorted(saved)[:3]]
+    return [f"together {', '.join(best)}, or more GPUs"]
+
+
+def describe(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> list[str]:
+    """The table, whether it fits into `gpu_bytes`, what to change, and the FLOPs of a step."""
+    found = estimate(config, model, gpus)
+    lines = [f"{'on each of ' + str(gpus) + ' GPU(s), GB':34} {'GPU':>8} {'host':>8}"]
+    for component in found.components:
+        when = f"  ({component.phase})" if component.phase else ""
+        host = f"{component.host / 1e9:8.2f}" if component.host else ""
+        lines.append(f"{component.name + when:34} {component.gpu / 1e9:8.2f} {host}".rstrip())
+    lines.append(
+        f"{'at the peak (' + found.busiest + ')':34} {found.total / 1e9:8.2f} {found.host / 1e9:8.2f}"
+    )
+    if found.disk:
+        lines.append(f"{'on ' + str(config.parallel.offload_path):34} {found.disk / 1e9:8.2f}")
+    fits = found.total <= gpu_bytes
+    lines.append(
+        f"{found.total / 1e9:.1f} GB of {gpu_bytes / 1e9:.0f} GB: {'fits' if fits else 'does not fit'}"
+    )
+    if not fits:
+        lines += [f"  try {change}" for change in advice(config, model, gpus, gpu_bytes)]
+    lines.append(_work(config, model))
     return lines
+
+
+def _work(config: RunConfig, model: Phi3VConfig) -> str:
+    """FLOPs of a step whose rows are one document each (the most), half of them pictures."""
+    rows, length = config.train.global_batch, config.data.seq_len
+    _, views = fullest_row(config, model)
+    flops = row_flops(config, model, RowShape([length], views // 2, length // 8))
+    return (
+        f"a step of {rows} full rows: {rows * flops.model / 1e15:.2f} PFLOP, with recomputation "
+        f"{rows * flops.hardware / 1e15:.2f} PFLOP (a row one document, half of it pictures)"
+    )

@@ -15,6 +15,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -30,9 +31,12 @@ from phi3v_dist.data.plan import RankRows, StepRows
 from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
 from phi3v_dist.data.quarantine import Quarantine
 from phi3v_dist.exits import DivergedError, PreemptedError
+from phi3v_dist.flops import Flops, peak_tflops, row_flops, shape_of, utilisation
+from phi3v_dist.limits import check_limits, check_offload_path
 from phi3v_dist.model.hub import build_model, load_weights
+from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
 from phi3v_dist.optim import freeze, group_rates, learning_rate, parameter_groups, set_learning_rate
-from phi3v_dist.origin import Origin, prepare_origin
+from phi3v_dist.origin import Origin, model_config_of, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
 from phi3v_dist.provenance import provenance
@@ -55,6 +59,9 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
     fingerprint = mesh.on_main(lambda: data_fingerprint(config))
     resume = mesh.on_main(lambda: open_run_dir(config, fingerprint))
 
+    gpu_bytes = torch.cuda.mem_get_info()[1] if mesh.device.type == "cuda" else None
+    check_offload_path(config)
+    check_limits(config, model_config_of(config), mesh.size, gpu_bytes)
     origin = prepare_origin(config, run_dir, mesh)
     accumulation = _accumulation(config, mesh)
     data = _prepare_data(config, origin, run_dir, mesh)
@@ -67,7 +74,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         return progress
 
     prepare_deepspeed(mesh)
-    engine = _make_engine(config, origin, accumulation)
+    engine = _make_engine(config, origin, accumulation, mesh)
     if resume is not None:
         progress = checkpoint.load(engine, resume, mesh)
         _log.info("going on from %s", resume)
@@ -89,7 +96,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
             plan,
             mesh.dp_rank,
             mesh.dp_size,
-            config.model.vision_chunk,
+            config.views_per_call,
             progress.rows,
             steps - progress.step,
             end_row,
@@ -101,7 +108,12 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         seed=config.seed,
     )
     quarantine = Quarantine(config.data.max_bad_fraction, plan.epoch_samples, run_dir)
-    window = Window()
+    peak = config.parallel.peak_tflops or peak_tflops(mesh.device)
+    window = Window(peak_tflops=peak)
+
+    def work(loaded: LoadedRow) -> Flops:
+        return row_flops(config, origin.model_config, shape_of(loaded.row, loaded.tokens))
+
     exit_code = 1
     try:
         while progress.step < steps:
@@ -109,7 +121,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
             rate = learning_rate(progress.step, steps, config.train)
             torch.manual_seed(config.seed + 1_000_003 * progress.step + mesh.rank)  # dropout, if there is any
             progress, stopping = _step(
-                engine, rows, accumulation, step_rows, rate, progress, stop, window, quarantine, mesh
+                engine, rows, accumulation, step_rows, rate, progress, stop, window, quarantine, mesh, work
             )
             done = progress.step == steps
 
@@ -120,7 +132,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
             if done or saving or progress.step % config.track.log_every == 0:
                 metrics = window.metrics(engine, rate, step_rows.epoch, progress, config.data.seq_len, mesh)
                 _log.info(_line(progress.step, steps, metrics))
-                window = Window()
+                window = Window(peak_tflops=peak)
             if validating:
                 began = time.perf_counter()
                 scores = validation.run(progress.step)
@@ -182,21 +194,24 @@ def _step(
     window: Window,
     quarantine: Quarantine,
     mesh: Mesh,
+    work: Callable[[LoadedRow], Flops],
 ) -> tuple[Progress, bool]:
     """One optimizer step. Returns the progress after it, and whether any rank has been told to stop."""
     began = time.perf_counter()
     # DeepSpeed divides gradients by ranks and micro-steps; so they become those of the mean over all targets.
-    scale = mesh.dp_size * accumulation / max(1, step_rows.targets)
+    # With sequence parallelism a rank's loss is that of its slice of the row.
+    scale = mesh.size * accumulation / max(1, step_rows.targets)
     nll = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    counts = RowCounts()
+    counts, flops = RowCounts(), Flops(0.0, 0.0)
     bad: list[str] = []
     waited = 0.0
     for micro in range(accumulation):
         asked = time.perf_counter()
         loaded: LoadedRow = next(rows)
         waited += time.perf_counter() - asked
-        counts += RowCounts.of(loaded)
-        bad += loaded.bad
+        if mesh.sp_rank == 0:  # once for each row
+            counts, flops = counts + RowCounts.of(loaded), flops + work(loaded)
+            bad += loaded.bad
         loss = engine(row=loaded.row.to(mesh.device, non_blocking=True))
         nll += loss.detach()
         engine.backward(loss * scale)
@@ -205,7 +220,9 @@ def _step(
     quarantine.note(progress.step, bad)
 
     # One small all-reduce a step: the loss, the counts, and whether anybody has been told to stop.
-    total_nll, stopping, *summed = mesh.sum([float(nll), float(stop.asked), *astuple(counts)])
+    total_nll, stopping, model_flops, hardware_flops, *summed = mesh.sum(
+        [float(nll), float(stop.asked), flops.model, flops.hardware, *astuple(counts)]
+    )
     counts = RowCounts(*map(int, summed))
     quarantine.check(progress.bad_samples + counts.bad, progress.samples + counts.samples, mesh)
     if not math.isfinite(total_nll):
@@ -231,6 +248,7 @@ def _step(
     )
     targets = step_rows.targets - counts.masked
     window.add(total_nll, targets, counts, step_rows.taken, norm, waited, time.perf_counter() - began)
+    window.flops += Flops(model_flops, hardware_flops)
     return progress, stopping > 0
 
 
@@ -262,6 +280,8 @@ class Window:
     busy: float = 0.0
     excluded: float = 0.0
     saved_in: float | None = None  # seconds that the last checkpoint held the run up
+    flops: Flops = Flops(0.0, 0.0)
+    peak_tflops: float | None = None
 
     def add(
         self,
@@ -297,6 +317,7 @@ class Window:
             "train/images_seen": progress.images,
             "perf/tokens_per_second": speed,
             "perf/tokens_per_second_per_gpu": speed / mesh.size,
+            **utilisation(self.flops, self.busy, mesh.size, self.peak_tflops),
             "time/step": self.busy / self.steps,
             "time/data_wait": self.waited / self.steps,
             "time/checkpoint": self.saved_in,
@@ -347,13 +368,17 @@ def _accumulation(config: RunConfig, mesh: Mesh) -> int:
     return rows // mesh.dp_size
 
 
-def _make_engine(config: RunConfig, origin: Origin, accumulation: int) -> Any:
+def _make_engine(config: RunConfig, origin: Origin, accumulation: int, mesh: Mesh) -> Any:
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     model = build_model(origin.model_config, dtype, zero_config(config, accumulation))
     load_weights(model, origin.model_dir)
     model.vision_chunk = config.model.vision_chunk
+    model.sequence = mesh.sequence
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+        if config.parallel.offload_checkpoints:
+            offload_checkpoints(model)
+    tile_mlp(model, config.parallel.tile_mlp)
     freeze(model, config.model.freeze)
     return make_engine(model, parameter_groups(model, config.train), config, accumulation)
 

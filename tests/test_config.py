@@ -44,7 +44,7 @@ def test_the_written_config_reads_back_equal(minimal: Path, tmp_path: Path) -> N
     [
         ("train.lrr=1", "unknown key train.lrr; did you mean train.lr?"),
         ("modle.path=x", "unknown key modle; did you mean model?"),
-        ("parallel.zzzzzz=1", "unknown key parallel.zzzzzz; valid here: persistence_threshold"),
+        ("parallel.zzzzzz=1", "unknown key parallel.zzzzzz; valid here: offload_checkpoints"),
         ("train.lr=fast", "train.lr: input should be a valid number (found 'fast')"),
         ("train.steps=2.5", "train.steps: input should be a valid integer"),
         ("train.steps=null", "exactly one of train.steps and train.epochs"),

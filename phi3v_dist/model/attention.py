@@ -10,12 +10,15 @@ uses it) or wrapping this one (sequence parallelism) does not touch the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from phi3v_dist.parallel.sequence import SequenceGroup
 
 NAME = "phi3v_packed"
 _WASTE = 1.25  # a group of documents may be this much larger than its tokens
@@ -117,13 +120,15 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     layout: Layout | None = None,
+    sequence: SequenceGroup | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention: [B, heads, T, head_dim] in, [B, T, heads, head_dim] out.
 
     With `layout` (no cache in play) documents attend within themselves; without, the queries are the last
     ones of the cached keys and attention_mask ([B, K], 1 = real) says which keys are real. Outputs at padding
-    are zero.
+    are zero. With `sequence` T is this rank's slice of the row, B is 1, and `layout` is the whole row's: each
+    rank attends with its share of the heads over all positions.
     """
     if layout is None:
         return _cached(query, key, value, attention_mask, scaling), None
@@ -133,7 +138,11 @@ def packed_attention(
     if layout.tokens is not None:
         q, k, v = (x.index_select(0, layout.tokens) for x in (q, k, v))
     attend = _varlen if q.is_cuda and q.dtype in _HALF else _grouped
+    if sequence is not None:
+        q, k, v = sequence.to_heads(q, k, v)
     out = attend(q, k, v, layout, scaling)
+    if sequence is not None:
+        out = sequence.to_positions(out)
     if layout.tokens is not None:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, layout.tokens, out)
     return out.view(batch, length, *out.shape[1:]), None

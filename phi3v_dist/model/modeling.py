@@ -10,7 +10,7 @@ published checkpoint.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,11 @@ from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.rope import LongRope
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.model.vision import VisionEmbedding
-from phi3v_dist.processor.geometry import vision_calls_needed
+from phi3v_dist.processor.geometry import image_token_count, vision_calls_needed
 from shards.format import BadInputError
+
+if TYPE_CHECKING:
+    from phi3v_dist.parallel.sequence import SequenceGroup
 
 IGNORE = -100
 PUBLISHED_VOCAB = 32064
@@ -77,8 +80,6 @@ class Phi3VModel(nn.Module):
         embeddings = self.embed_tokens(input_ids.clamp(min=0))
         if vectors is None:
             return embeddings
-        if not len(positions):  # the blank view of a row without pictures: connected, without effect
-            return embeddings + 0.0 * vectors.sum()
         return embeddings.index_put((positions,), vectors.to(embeddings.dtype))
 
     def decode(
@@ -91,7 +92,11 @@ class Phi3VModel(nn.Module):
 
 
 class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
-    """The model. `vision_chunk`: most views in one call of the vision tower."""
+    """The model.
+
+    vision_chunk: most views in one call of the vision tower. sequence: the ranks that share every packed row
+    with this one (it then computes its slice of the row), None for whole rows.
+    """
 
     config_class = Phi3VConfig
     base_model_prefix = "model"
@@ -107,6 +112,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Phi3VModel(config)
         self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)
         self.vision_chunk = 64
+        self.sequence: SequenceGroup | None = None
         self.post_init()
         _stop_at_turns(self)
 
@@ -191,7 +197,8 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         logits float32.
 
         row: the packed way; every other tensor is in it. Returns the float32 sum of the negative log
-        likelihoods of its targets, or float32 logits [T, V] with `return_logits`.
+        likelihoods of its targets, or float32 logits [T, V] with `return_logits`; with `self.sequence` those
+        of this rank's slice, so that the sum over the ranks is the row's.
         """
         for name in ("output_attentions", "output_hidden_states"):
             if others.get(name):
@@ -237,28 +244,48 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _forward_row(self, row: PackedRow, return_logits: bool) -> torch.Tensor:
-        vision = self.model.vision_embed_tokens
-        vectors = vision(row.tiles, None, row.grids, row.vision_calls)
-        if len(row.image_positions) != (len(vectors) if len(row.grids) else 0):
-            raise BadInputError(
-                f"row: {len(row.image_positions)} image positions for pictures of {len(vectors)} tokens; "
-                "input_ids and grids disagree"
-            )
-        embeddings = self.model.embed(row.input_ids, row.image_positions, vectors)[None]
-        rotation = self.model.rope.packed(row.position_ids, row.cu_seqlens, embeddings.dtype)
-        attention: dict[str, Any] = {"layout": make_layout(row.cu_seqlens)}
+        sequence = self.sequence
+        part = slice(0, len(row.input_ids))
+        if sequence is not None:
+            row = row.padded(sequence.size)
+            part = sequence.part(len(row.input_ids))
+        embeddings = self._embed_row(row, part)[None]
+        rotation = self.model.rope.packed(row.position_ids, row.cu_seqlens, embeddings.dtype, part)
+        attention: dict[str, Any] = {"layout": make_layout(row.cu_seqlens), "sequence": sequence}
         if self.config._attn_implementation == "eager":
+            if sequence is not None:
+                raise ValueError("eager attention knows no sequence parallelism; leave attn_implementation")
             attention = {"attention_mask": _additive(block_mask(row.cu_seqlens), embeddings.dtype)}
         hidden = self.model.decode(embeddings, rotation, **attention)[0]
         if return_logits:
             return self.lm_head(hidden).float()
-        targets = F.pad(row.labels[1:], (0, 1), value=IGNORE)
-        last = (row.cu_seqlens[1:] - 1).clamp(min=0).long()
-        targets[last] = IGNORE  # the last position of a document predicts nothing
+        targets = row.targets()[part]
         chosen = (targets != IGNORE).nonzero()[:, 0]
         if not len(chosen):  # lm_head takes part on every rank, whatever its row
             return self.lm_head(hidden[:1], targets.new_zeros(1)) * 0.0
         return self.lm_head(hidden.index_select(0, chosen), targets.index_select(0, chosen))
+
+    def _embed_row(self, row: PackedRow, part: slice) -> torch.Tensor:
+        """Embeddings [positions of part, H], image vectors merged in."""
+        found = len(row.image_positions)
+        side = self.model.vision_embed_tokens.side // 2
+        expected = sum(image_token_count(rows, cols, side) for rows, cols in row.grids.tolist())
+        if found != expected:
+            raise BadInputError(
+                f"row: {found} image positions for pictures of {expected} tokens; input_ids and grids "
+                "disagree"
+            )
+        cuts = [0, found]
+        first, stop = 0, found
+        if self.sequence is not None:
+            edges = torch.arange(self.sequence.size + 1) * (part.stop - part.start)
+            cuts = torch.searchsorted(row.image_positions.cpu(), edges).tolist()
+            first, stop = cuts[self.sequence.rank], cuts[self.sequence.rank + 1]
+        vectors = self.model.vision_embed_tokens(
+            row.tiles, None, row.grids, row.vision_calls, self.sequence, cuts
+        )
+        positions = row.image_positions[first:stop] - part.start
+        return self.model.embed(row.input_ids[part], positions, vectors)
 
     def _embed_batch(
         self,

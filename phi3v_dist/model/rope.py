@@ -52,16 +52,20 @@ class LongRope:
         return self._rotation(position_ids, self.inv_freq(position_ids.device)[is_long.long()], dtype)
 
     def packed(
-        self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, dtype: torch.dtype
+        self,
+        position_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        dtype: torch.dtype,
+        part: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [1, T, head_dim], each document with the factors of its own length.
 
-        position_ids: int64 [T]; cu_seqlens: int [documents + 1].
+        position_ids: int64 [T]; cu_seqlens: int [documents + 1]; part: the positions to work out.
         """
         lengths = cu_seqlens.diff()
         is_long = torch.repeat_interleave(lengths > self.original_max, lengths, output_size=len(position_ids))
-        frequencies = self.inv_freq(position_ids.device)[is_long.long()]
-        cos, sin = self._rotation(position_ids, frequencies, dtype)
+        frequencies = self.inv_freq(position_ids.device)[is_long[part].long()]
+        cos, sin = self._rotation(position_ids[part], frequencies, dtype)
         return cos[None], sin[None]
 
     def _rotation(

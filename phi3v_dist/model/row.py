@@ -7,7 +7,7 @@ by `Phi3VForCausalLM.forward(row=...)`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,26 @@ class PackedRow:
             for value in [getattr(self, f.name)]
         }
         return PackedRow(**moved)
+
+    def padded(self, multiple: int) -> PackedRow:
+        """The same row with T a multiple of `multiple`; what is added is a document of its own at the end."""
+        added = -len(self.input_ids) % multiple
+        if not added:
+            return self
+        end = self.cu_seqlens[-1:] + added
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, self.input_ids.new_zeros(added)]),
+            labels=torch.cat([self.labels, self.labels.new_full((added,), -100)]),
+            position_ids=torch.cat([self.position_ids, torch.arange(added, device=self.position_ids.device)]),
+            cu_seqlens=torch.cat([self.cu_seqlens, end]),
+        )
+
+    def targets(self) -> torch.Tensor:
+        """int64 [T]: the label each position is to predict, the next one's; -100 at the end of a document."""
+        targets = torch.cat([self.labels[1:], self.labels.new_full((1,), -100)])
+        targets[(self.cu_seqlens[1:] - 1).clamp(min=0).long()] = -100
+        return targets
 
     @property
     def num_targets(self) -> int:

@@ -2,13 +2,14 @@
 
 In: views (tiles and one global view per picture) as uint8 tiles to normalise here, or as published pixel
 values. Out: [image tokens, hidden_size], picture after picture. Only real tiles go through the tower, in a
-number of calls that the caller fixes, so that ZeRO-3 ranks stay in step. Called by `modeling`.
+number of calls that the caller fixes, so that ZeRO-3 ranks stay in step; a call ends with the projection, so
+that checkpointing keeps nothing of its insides. Called by `modeling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,11 @@ from transformers import CLIPVisionModel
 
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.processor.image import IMAGE_MEAN, IMAGE_STD
+
+if TYPE_CHECKING:
+    from phi3v_dist.parallel.sequence import SequenceGroup
+
+SUB, GLB = -1, -2  # in image_order: the separator behind a row of features, and before the global view
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -100,40 +106,54 @@ class VisionEmbedding(nn.Module):
         )
 
     def forward(
-        self, tiles: torch.Tensor, globals_: torch.Tensor | None, grids: torch.Tensor, calls: int
+        self,
+        tiles: torch.Tensor,
+        globals_: torch.Tensor | None,
+        grids: torch.Tensor,
+        calls: int,
+        sequence: SequenceGroup | None = None,
+        cuts: Sequence[int] = (),
     ) -> torch.Tensor:
         """The image vectors [image tokens, hidden_size] of pictures, in `calls` calls of the tower.
 
         tiles: uint8 [tiles, 3, S, S] raw, or floating and normalised. globals_: [pictures, 3, S, S]
         normalised, or None: made from uint8 tiles. grids: int64 [pictures, 2] rows and columns of tiles.
-        Without pictures the tower sees a blank view and the result is one vector [1, hidden_size] of no
-        meaning, to be connected to the loss with weight zero.
+        sequence, cuts: the ranks that share these pictures; each encodes its part of the views and gets the
+        vectors cuts[rank] .. cuts[rank + 1] - 1. A rank without views sees a blank one and without vectors
+        the result is empty, but takes part in backward all the same.
         """
-        shapes = grids.tolist()
-        if globals_ is None:
-            globals_ = global_views(tiles, grids) if shapes else tiles.new_zeros(0, *tiles.shape[1:]).float()
-        features = self._features(tiles, globals_, calls)
-        merged = self._merge(features)  # [views, s, s, 4 width]
-        num_tiles = len(tiles)
-        sequence: list[torch.Tensor] = []
-        start = 0
-        for place, (rows, cols) in enumerate(shapes):
-            stop = start + rows * cols
-            sequence += [
-                self._rows(merged[start:stop], rows, cols),
-                self.glb_GN[0],
-                self._rows(merged[num_tiles + place : num_tiles + place + 1], 1, 1),
-            ]
-            start = stop
-        used = num_tiles + len(shapes)
-        if not sequence:
-            sequence = [merged[0].flatten(0, 1)[:1] + self.glb_GN[0] + self.sub_GN[0, 0]]
-        elif used < len(merged):  # blank views that only keep the number of calls
-            sequence[0] = sequence[0] + 0.0 * merged[used:].sum()
-        return self.img_projection(torch.cat(sequence))
+        shapes = [(int(rows), int(cols)) for rows, cols in grids.tolist()]
+        num_tiles, views = len(tiles), len(tiles) + len(shapes)
+        starts, rank = ([0, views], 0) if sequence is None else (sequence.share(views), sequence.rank)
+        first, stop = starts[rank], starts[rank + 1]
+        pictures = slice(max(first - num_tiles, 0), max(stop - num_tiles, 0))
+        globals_ = _some_global_views(tiles, shapes, pictures) if globals_ is None else globals_[pictures]
+        tokens = self._encode(tiles[first : min(stop, num_tiles)], globals_, calls)
+        area = (self.side // 2) ** 2
+        made, blank = tokens[: (stop - first) * area], tokens[(stop - first) * area :]
+        separators = self.img_projection(torch.stack((self.sub_GN.flatten(), self.glb_GN.flatten())))
+        if len(blank):  # views that only keep the number of calls: connected, without effect
+            separators = separators + 0.0 * blank.sum()
+        order = image_order(shapes, self.side // 2)
+        if sequence is None:
+            place = torch.empty(len(made), dtype=torch.int64)
+            real = (order >= 0).nonzero()[:, 0]
+            place[order[real]] = real
+            vectors = made.new_zeros(len(order), made.shape[1])
+            vectors = vectors.index_put((place.to(made.device),), made)
+        else:
+            wanted = [order[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+            order = wanted[rank]
+            vectors = sequence.send_tokens(made, wanted, [start * area for start in starts])
+        for code, vector in ((SUB, separators[0]), (GLB, separators[1])):
+            where = (order == code).nonzero()[:, 0].to(made.device)
+            vectors = vectors.index_put((where,), vector.expand(len(where), -1))
+        return vectors
 
-    def _features(self, tiles: torch.Tensor, globals_: torch.Tensor, calls: int) -> torch.Tensor:
-        """Patch features [views, patches, width]: tiles, global views, then blanks if `calls` needs them."""
+    def _encode(self, tiles: torch.Tensor, globals_: torch.Tensor, calls: int) -> torch.Tensor:
+        """Projected tokens [views * (side / 2)^2, hidden_size]: of tiles, global views, then of blanks if
+        `calls` needs them.
+        """
         num_tiles, num_views = len(tiles), len(tiles) + len(globals_)
         total = max(num_views, calls)
         dtype = self.glb_GN.dtype
@@ -144,13 +164,13 @@ class VisionEmbedding(nn.Module):
             whole = globals_[max(start - num_tiles, 0) : max(min(stop, num_views) - num_tiles, 0)]
             blanks = stop - max(start, num_views) if stop > num_views else 0
             if self.gradient_checkpointing and self.training and calls > 1:
-                chunk = self._gradient_checkpointing_func(self._tower, raw, whole, blanks, dtype)
+                chunk = self._gradient_checkpointing_func(self._encode_chunk, raw, whole, blanks, dtype)
             else:
-                chunk = self._tower(raw, whole, blanks, dtype)
+                chunk = self._encode_chunk(raw, whole, blanks, dtype)
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
-    def _tower(
+    def _encode_chunk(
         self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
     ) -> torch.Tensor:
         parts = []
@@ -160,7 +180,8 @@ class VisionEmbedding(nn.Module):
             parts.append(globals_.to(dtype))
         if blanks:
             parts.append(torch.zeros(blanks, 3, self.tile, self.tile, dtype=dtype, device=tiles.device))
-        return self.img_processor.vision_model(torch.cat(parts) if len(parts) > 1 else parts[0])
+        features = self.img_processor.vision_model(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return self.img_projection(self._merge(features).flatten(0, 2))
 
     def _merge(self, features: torch.Tensor) -> torch.Tensor:
         """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]: 2 x 2 patches side by side."""
@@ -168,11 +189,40 @@ class VisionEmbedding(nn.Module):
         blocks = features.view(len(features), half, 2, half, 2, features.shape[-1])
         return blocks.transpose(2, 3).reshape(len(features), half, half, 4 * features.shape[-1])
 
-    def _rows(self, merged: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-        """rows * cols views as one picture, each row of features ended by sub_GN: [tokens, 4 width]."""
-        half = self.side // 2
-        width = merged.shape[-1]
-        picture = merged.view(rows, cols, half, half, width).transpose(1, 2)
-        picture = picture.reshape(rows * half, cols * half, width)
-        ends = self.sub_GN[0].expand(rows * half, 1, width)
-        return torch.cat((picture, ends), dim=1).flatten(0, 1)
+
+def image_order(shapes: Sequence[tuple[int, int]], half: int) -> torch.Tensor:
+    """Which token of which view stands where in the pictures' tokens, picture after picture.
+
+    shapes: rows and columns of tiles of each picture; half: tokens along a side of a view. Out: int64 [image
+    tokens] on the CPU: view * half^2 + token for views in the order tiles, global views; SUB or GLB where a
+    separator stands.
+    """
+    area = half * half
+    num_tiles = sum(rows * cols for rows, cols in shapes)
+    grid = torch.arange(area).view(half, half)
+    pieces = [torch.empty(0, dtype=torch.int64)]
+    start = 0
+    for place, (rows, cols) in enumerate(shapes):
+        tiles = torch.arange(start, start + rows * cols).view(rows, 1, cols, 1) * area
+        picture = (tiles + grid.view(1, half, 1, half)).reshape(rows * half, cols * half)
+        whole = (num_tiles + place) * area + grid
+        pieces += [_ended(picture), torch.tensor([GLB]), _ended(whole)]
+        start += rows * cols
+    return torch.cat(pieces)
+
+
+def _ended(picture: torch.Tensor) -> torch.Tensor:
+    """A separator behind each row, flattened."""
+    return F.pad(picture, (0, 1), value=SUB).flatten()
+
+
+def _some_global_views(
+    tiles: torch.Tensor, shapes: Sequence[tuple[int, int]], pictures: slice
+) -> torch.Tensor:
+    """The global views of `pictures` from the tiles of all."""
+    chosen = shapes[pictures]
+    if not chosen:
+        return tiles.new_zeros(0, *tiles.shape[1:]).float()
+    before = sum(rows * cols for rows, cols in shapes[: pictures.start])
+    count = sum(rows * cols for rows, cols in chosen)
+    return global_views(tiles[before : before + count], torch.tensor(chosen))

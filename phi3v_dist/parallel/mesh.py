@@ -1,6 +1,7 @@
 """Who this process is among its ranks, read once from torchrun's environment. Nothing else asks for a rank.
 
-Called by the entry points of train and evaluate.
+The ranks form a grid of dp x sp: `sp` neighbouring ranks share a packed row (sequence parallelism), and the
+groups of them take different rows (data parallelism). Called by the entry points of train and evaluate.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,29 +18,41 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from phi3v_dist.parallel.sequence import SequenceGroup
 from shards.format import BadInputError
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """rank, size: of all processes; local_rank: on this node. dp_rank, dp_size: the data-parallel ones
-    (all).
+    """rank, size: of all processes; local_rank: on this node. sequence: the ranks that share this one's row,
+    None if it has its rows to itself.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    sequence: SequenceGroup | None = None
+
+    @property
+    def sp_rank(self) -> int:
+        return 0 if self.sequence is None else self.sequence.rank
+
+    @property
+    def sp_size(self) -> int:
+        return 1 if self.sequence is None else self.sequence.size
 
     @property
     def dp_rank(self) -> int:
-        return self.rank
+        return self.rank // self.sp_size
 
     @property
     def dp_size(self) -> int:
-        return self.size
+        return self.size // self.sp_size
 
     @property
     def is_main(self) -> bool:
@@ -76,14 +90,38 @@ class Mesh:
         return result
 
 
+def sequence_group(rank: int, size: int, sp: int) -> SequenceGroup | None:
+    """The group of `sp` neighbouring ranks around `rank`; every rank of the world calls this alike.
+
+    Neighbours are on one node as long as sp divides the ranks of a node. Raises BadInputError if sp does not
+    divide the world.
+    """
+    if size % sp:
+        raise BadInputError(
+            f"parallel.sp={sp} does not divide the {size} ranks of this job; use {_divisor(size, sp)}, or "
+            f"another number of GPUs"
+        )
+    if sp == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + sp))) for first in range(0, size, sp)]
+    return SequenceGroup(groups[rank // sp], rank % sp, sp)
+
+
+def _divisor(size: int, sp: int) -> int:
+    """The largest divisor of `size` that is no more than `sp`."""
+    return next(n for n in range(min(sp, size), 0, -1) if size % n == 0)
+
+
 @contextlib.contextmanager
-def open_mesh(timeout_s: float) -> Iterator[Mesh]:
+def open_mesh(timeout_s: float, sp: int = 1) -> Iterator[Mesh]:
     """Joins the process group that torchrun describes (a single process without it) and leaves it at the end.
 
     NCCL on CUDA, gloo on the CPU. timeout_s: seconds before a collective that waits for a lost rank fails.
-    Raises BadInputError if there are more processes on this node than GPUs.
+    sp: ranks that share a row. Raises BadInputError if there are more processes on this node than GPUs, or sp
+    does not divide the ranks.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -105,7 +143,13 @@ def open_mesh(timeout_s: float) -> Iterator[Mesh]:
         backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s), **store
     )
     try:
-        yield Mesh(rank, size, local_rank, device)
+        sequence = sequence_group(rank, size, sp)
+        if rank == 0 and on_node % sp:
+            _log.warning(
+                "parallel.sp=%d does not divide the %d ranks of a node: rows are exchanged between nodes in "
+                "every layer, which is slow", sp, on_node,
+            )  # fmt: skip
+        yield Mesh(rank, size, local_rank, device, sequence)
         # Leaving while a peer still works tears its connections down; an exception must not wait here.
         dist.barrier()
     finally:

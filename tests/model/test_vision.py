@@ -46,7 +46,8 @@ def test_compute_is_proportional_to_real_crops(tiny) -> None:
             vectors = vision(tiles, None, torch.tensor([[rows, cols]]), 1)
         assert len(vectors) == image_token_count(rows, cols, 4)
         spent[rows, cols] = alone / (rows * cols + 1)
-        projection = 2 * len(vectors) * (128 * 64 + 64 * 64)
+        tokens = 16 * (rows * cols + 1) + 2  # the two separators are projected once
+        projection = 2 * tokens * (128 * 64 + 64 * 64)
         assert counter.get_total_flops() == alone + projection
     assert len(set(spent.values())) == 1
 

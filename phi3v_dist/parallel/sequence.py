@@ -1,0 +1,102 @@
+"""Ulysses sequence parallelism: the ranks of a group share a packed row.
+
+Outside attention a rank has a slice of the positions and all heads; inside it has all positions and a share
+of the heads, so that document boundaries need no special care. One all-to-all leads into attention and one
+out of it, in the dtype of the activations; each is its own backward. The views of the row's pictures are
+shared out as well: a rank sends the image tokens it has made to the ranks whose slices hold them.
+
+In: a process group. Out: `SequenceGroup`, which the mesh holds and the model uses. Nothing here knows
+weights: under ZeRO-3 every rank's gradient is that of its slice, and their sum is the row's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that share a row. rank, size: of this process within `group`."""
+
+    group: Any
+    rank: int
+    size: int
+
+    def part(self, length: int) -> slice:
+        """The positions of this rank in a row of `length`, which is a multiple of `size`."""
+        each = length // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def share(self, total: int) -> list[int]:
+        """Where each rank's part of `total` views begins, and the end: as even as can be, [size + 1]."""
+        return [total * rank // self.size for rank in range(self.size + 1)]
+
+    def to_heads(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slices [T / size, heads, d] with all heads -> whole rows [T, heads / size, d], one exchange for
+        all.
+
+        The number of key-value heads may differ from that of the queries; `size` divides both.
+        """
+        parts = [x.unflatten(1, (self.size, -1)) for x in (query, key, value)]
+        heads = [part.shape[2] for part in parts]
+        sent = torch.cat(parts, dim=2).transpose(0, 1)  # [size, T / size, heads, d]
+        whole = self._exchange_even(sent).flatten(0, 1)
+        q, k, v = whole.split(heads, dim=1)
+        return q, k, v
+
+    def to_positions(self, attended: torch.Tensor) -> torch.Tensor:
+        """[T, heads / size, d] -> [T / size, heads, d]: the way back."""
+        received = self._exchange_even(attended.unflatten(0, (self.size, -1)))
+        return received.transpose(0, 1).flatten(1, 2)
+
+    def send_tokens(
+        self, made: torch.Tensor, wanted: Sequence[torch.Tensor], starts: Sequence[int]
+    ) -> torch.Tensor:
+        """Rows of a table that is spread over the ranks, to where they are wanted.
+
+        made: [starts[rank + 1] - starts[rank], H], this rank's rows of the table. wanted: for each rank int64
+        [n] on the CPU, the rows it wants in its order, negative where it wants none. Out: [n, H], zero there.
+        All ranks know `wanted` and `starts`, so only rows travel.
+        """
+        bounds = torch.tensor(list(starts[1:-1]), dtype=torch.int64)
+        owners = [torch.bucketize(rows, bounds, right=True).where(rows >= 0, -1) for rows in wanted]
+        sent = [rows[owner == self.rank] for rows, owner in zip(wanted, owners, strict=True)]
+        places = [(owners[self.rank] == source).nonzero()[:, 0] for source in range(self.size)]
+        chosen = made.index_select(0, (torch.cat(sent) - starts[self.rank]).to(made.device))
+        received: torch.Tensor = _AllToAll.apply(
+            chosen, self.group, [len(each) for each in sent], [len(each) for each in places]
+        )
+        out = made.new_zeros(len(wanted[self.rank]), made.shape[1])
+        return out.index_put((torch.cat(places).to(made.device),), received)
+
+    def _exchange_even(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, ...]: part s goes to rank s; out: part s is from rank s."""
+        ones = [1] * self.size
+        exchanged: torch.Tensor = _AllToAll.apply(x, self.group, ones, ones)
+        return exchanged
+
+
+class _AllToAll(torch.autograd.Function):
+    """Parts along the first dimension, `sent` rows of it to each rank, `received` from each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any, sent: list[int], received: list[int]) -> torch.Tensor:
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        return _all_to_all(x, group, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _all_to_all(grads[0], ctx.group, ctx.received, ctx.sent), None, None, None
+
+
+def _all_to_all(x: torch.Tensor, group: Any, sent: list[int], received: list[int]) -> torch.Tensor:
+    out = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+    return out
