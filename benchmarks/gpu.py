@@ -1,18 +1,20 @@
-"""The full-size model on one GPU: longest row that trains, step time, tokens/s, MFU and peak memory at 4K to
-128K.
+"""The full-size model on one GPU: longest row that trains with each memory feature, step time, tokens/s, MFU
+and peak memory against `phi3v estimate`, at 4K to 128K.
 
-    python benchmarks/gpu.py --out docs/benchmarks            one GPU; about 5 minutes
+    python benchmarks/gpu.py --out docs/benchmarks            one GPU; it starts nothing new after 7 minutes
     python benchmarks/gpu.py --tiny --lengths 256 512         the same code at tiny size on the CPU, to try it
 
 Weights are random, rows are synthetic: square pictures at num_crops 16 with 120 tokens of text each, 40 of
-them learnt. Every length runs the project's own path: ZeRO-3 engine, packed row, chunked loss, checkpointing.
-A length that does not fit is recorded as such. Writes gpu-NAME.json and gpu-NAME.md.
+them learnt. Every row runs the project's own path: ZeRO-3 engine, packed row, chunked loss, checkpointing.
+A length that does not fit is recorded as such, and so are settings that cannot fit by the estimate, which are
+not tried. Writes gpu-NAME.json and gpu-NAME.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import sys
 import time
@@ -27,16 +29,25 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Pa
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.collate import Document, collate
+from phi3v_dist.estimate import Estimate, estimate
+from phi3v_dist.flops import peak_tflops, row_flops, shape_of
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model
+from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.optim import parameter_groups
-from phi3v_dist.parallel.mesh import open_mesh
+from phi3v_dist.parallel.mesh import Mesh, open_mesh
 from phi3v_dist.parallel.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.processor.geometry import hd_grid, image_token_count, tile_side_tokens, vision_calls_needed
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, NVIDIA data sheets (SXM)
 TEXT, LEARNT = 120, 40
+OFFLOAD = {"tile_mlp": 4096, "offload_checkpoints": True, "offload_optimizer": "cpu"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "all on the GPU": {},
+    "tiles": {"tile_mlp": 4096},
+    "optimizer on the host": {"offload_optimizer": "cpu"},
+    "and tiles, layer inputs on the host": OFFLOAD,
+}
 
 
 def synthetic_row(config: Phi3VConfig, length: int, num_crops: int, chunk: int) -> PackedRow:
@@ -62,35 +73,19 @@ def synthetic_row(config: Phi3VConfig, length: int, num_crops: int, chunk: int) 
     return collate(documents, 0, config.tile, calls)
 
 
-def model_flops(config: Phi3VConfig, row: PackedRow) -> float:
-    """FLOPs of forward and backward of a row: attention within documents, vision per view, no
-    recomputation.
-    """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    linear = 4 * hidden * hidden + 3 * hidden * config.intermediate_size  # multiply-adds a token and layer
-    lengths = (row.cu_seqlens[1:] - row.cu_seqlens[:-1]).double()
-    decoder = layers * (linear * float(lengths.sum()) + hidden * float((lengths**2).sum()))
-    head = hidden * config.vocab_size * row.num_targets
-    clip = config.clip_config()
-    patches = (clip.image_size // clip.patch_size) ** 2 + 1
-    views = len(row.tiles) + len(row.grids)
-    per_patch = 4 * clip.hidden_size**2 + 2 * clip.hidden_size * clip.intermediate_size
-    tower = (clip.num_hidden_layers - 1) * (per_patch * patches + 2 * clip.hidden_size * patches**2) * views
-    projector = (4 * clip.hidden_size * hidden + hidden * hidden) * len(row.image_positions)
-    return 6.0 * (decoder + head + tower + projector)  # 2 FLOPs a multiply-add, backward twice the forward
-
-
-def measure(
-    engine: Any, config: Phi3VConfig, length: int, steps: int, num_crops: int, chunk: int
-) -> dict[str, Any]:
+def measure(engine: Any, config: Phi3VConfig, run: RunConfig, length: int, steps: int) -> dict[str, Any]:
     """Steps of one row of `length`: seconds and peak bytes, or why it does not fit."""
     device = engine.device
     cuda = device.type == "cuda"
-    row = synthetic_row(config, length, num_crops, chunk).to(device)
+    row = synthetic_row(config, length, run.data.num_crops, run.model.vision_chunk).to(device)
+    views = len(row.tiles) + len(row.grids)
+    expected = estimate_row(run, config, length, row.num_targets, (len(row.grids), views))
     facts = {
         "tokens": len(row.input_ids),
         "pictures": len(row.grids),
-        "views": len(row.tiles) + len(row.grids),
+        "views": views,
+        "estimate_gb": expected.without_reserve / 1e9,
+        "busiest": expected.busiest,
     }
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -109,20 +104,68 @@ def measure(
         torch.cuda.empty_cache()
         return {**facts, "fits": False}
     best = min(seconds[1:])
-    flops = model_flops(config, row)
-    name = torch.cuda.get_device_name() if cuda else "cpu"
-    peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+    flops = row_flops(run, config, shape_of(row, length))
+    peak = peak_tflops(device)
     return {
         **facts,
         "fits": True,
         "seconds_per_step": best,
         "seconds_all": seconds[1:],
         "tokens_per_second": facts["tokens"] / best,
-        "model_tflop": flops / 1e12,
-        "mfu": None if peak is None else flops / best / 1e12 / peak,
+        "model_tflop": flops.model / 1e12,
+        "hardware_tflop": flops.hardware / 1e12,
+        "mfu": None if peak is None else flops.model / best / 1e12 / peak,
+        "hfu": None if peak is None else flops.hardware / best / 1e12 / peak,
         "peak_allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
         "loss": float(loss) / max(1, row.num_targets),
     }
+
+
+def estimate_row(
+    run: RunConfig, config: Phi3VConfig, length: int, targets: int | None, pictures: tuple[int, int] | None
+) -> Estimate:
+    """The estimate for a row of `length`."""
+    longer = run.model_copy(update={"data": run.data.model_copy(update={"seq_len": length})})
+    return estimate(longer, config, 1, targets=targets, pictures=pictures, cuda=torch.cuda.is_available())
+
+
+def try_settings(
+    mesh: Mesh, config: Phi3VConfig, run: RunConfig, name: str, lengths: list[int], steps: int, stop_at: float
+) -> list[dict[str, Any]]:
+    """One engine, all lengths until one does not fit or the time is up (time.monotonic())."""
+    gpu = torch.cuda.mem_get_info()[1] if mesh.device.type == "cuda" else None
+    first = estimate_row(run, config, lengths[0], None, None)
+    if gpu is not None and first.without_reserve > gpu:
+        return [
+            {
+                "settings": name, "tokens": lengths[0], "pictures": 0, "fits": False,
+                "estimate_gb": first.without_reserve / 1e9, "tried": False,
+            }
+        ]  # fmt: skip
+    dtype = torch.bfloat16 if run.model.dtype == "bfloat16" else torch.float32
+    model = build_model(config, dtype, zero_config(run, 1))
+    for parameter_name, parameter in model.named_parameters():
+        norm = parameter_name.endswith(("norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight"))
+        parameter.ds_tensor.fill_(1.0) if norm else parameter.ds_tensor.normal_(0.0, 0.02)
+    model.gradient_checkpointing_enable()
+    if run.parallel.offload_checkpoints:
+        offload_checkpoints(model)
+    tile_mlp(model, run.parallel.tile_mlp)
+    engine = make_engine(model, parameter_groups(model, run.train), run, 1)
+    runs: list[dict[str, Any]] = []
+    for length in lengths:
+        if time.monotonic() > stop_at:
+            break
+        runs.append({"settings": name, "tried": True, **measure(engine, config, run, length, steps)})
+        print(json.dumps(runs[-1]), flush=True)
+        if not runs[-1]["fits"]:
+            break  # longer ones fit even less
+    engine.destroy()
+    del engine, model
+    gc.collect()
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return runs
 
 
 def model_config(tiny: bool) -> Phi3VConfig:
@@ -147,67 +190,71 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"{result['date']}, torch {result['torch']}. Command: `{result['command']}`.",
         "",
-        "| tokens | pictures | s/step | tokens/s | MFU | peak GB |",
-        "|---|---|---|---|---|---|",
+        "| settings | tokens | pictures | s/step | tokens/s | MFU | peak GB | estimate GB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for run in result["runs"]:
+        start = f"| {run['settings']} | {run['tokens']:,} | {run['pictures']} "
         if not run["fits"]:
-            lines.append(f"| {run['tokens']:,} | {run['pictures']} | out of memory | | | |")
+            said = "out of memory" if run["tried"] else "cannot fit, not tried"
+            lines.append(f"{start}| {said} | | | | {run['estimate_gb']:.1f} |")
             continue
         mfu = "" if run["mfu"] is None else f"{run['mfu']:.1%}"
         peak = "" if run["peak_allocated_gb"] is None else f"{run['peak_allocated_gb']:.1f}"
         lines.append(
-            f"| {run['tokens']:,} | {run['pictures']} | {run['seconds_per_step']:.2f} | "
-            f"{run['tokens_per_second']:,.0f} | {mfu} | {peak} |"
+            f"{start}| {run['seconds_per_step']:.2f} | {run['tokens_per_second']:,.0f} | {mfu} | {peak} | "
+            f"{run['estimate_gb']:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def run_config(num_crops: int, **parallel: Any) -> RunConfig:
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return RunConfig.model_validate(
+        {
+            "name": "gpu-benchmark",
+            "model": {"path": "none", "dtype": dtype, "vision_chunk": 16},
+            "data": {"path": "none", "num_crops": num_crops},
+            "train": {"steps": 1, "global_batch": 1, "lr": 1e-6},
+            "parallel": parallel,
+        }
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072])
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS], default=[*SETTINGS])
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--num-crops", type=int, default=16)
+    parser.add_argument("--limit", type=float, default=420, help="seconds after which nothing new is started")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, also without a GPU")
     parser.add_argument("--out", type=Path, help="directory for the JSON and the table")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.tiny:
         raise SystemExit("no GPU here; try the script at tiny size with --tiny")
+    stop_at = time.monotonic() + options.limit
     config = model_config(options.tiny)
-    run = RunConfig.model_validate(
-        {
-            "name": "gpu-benchmark",
-            "model": {"path": "none", "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
-            "data": {"path": "none"},
-            "train": {"steps": 1, "global_batch": 1, "lr": 1e-6},
-        }
-    )
+    runs: list[dict[str, Any]] = []
     with open_mesh(600) as mesh:
         prepare_deepspeed(mesh)
-        dtype = torch.bfloat16 if run.model.dtype == "bfloat16" else torch.float32
-        model = build_model(config, dtype, zero_config(run, 1))
-        for name, parameter in model.named_parameters():
-            norm = name.endswith(("norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight"))
-            parameter.ds_tensor.fill_(1.0) if norm else parameter.ds_tensor.normal_(0.0, 0.02)
-        model.gradient_checkpointing_enable()
-        engine = make_engine(model, parameter_groups(model, run.train), run, 1)
-        runs = []
-        for length in options.lengths:
-            runs.append(measure(engine, config, length, options.steps, options.num_crops, model.vision_chunk))
-            print(json.dumps(runs[-1]), flush=True)
-            if not runs[-1]["fits"]:
-                break  # longer ones fit even less
-        engine.destroy()
+        for name in options.settings:
+            if time.monotonic() > stop_at:
+                break
+            run = run_config(options.num_crops, **SETTINGS[name])
+            runs += try_settings(mesh, config, run, name, options.lengths, options.steps, stop_at)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result = {
         "device": device,
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "command": " ".join(["python", *sys.argv]),
-        "parameters": sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters()),
-        "longest_that_trains": max((r["tokens"] for r in runs if r["fits"]), default=0),
+        "longest_that_trains": {
+            name: max((r["tokens"] for r in runs if r["fits"] and r["settings"] == name), default=0)
+            for name in options.settings
+        },
         "runs": runs,
     }
     print(table(result))
