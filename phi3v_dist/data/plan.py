@@ -65,6 +65,7 @@ class Plan:
     _usable: np.ndarray = field(init=False, repr=False)
     _epochs: dict[int, EpochRows] = field(init=False, default_factory=dict, repr=False)
     _first_row: list[int] = field(init=False, default_factory=lambda: [0], repr=False)
+    _ahead: bool = field(init=False, default=False, repr=False)
     # the train loop and the thread that feeds the workers both ask
     _lock: threading.RLock = field(init=False, default_factory=threading.RLock, repr=False)
 
@@ -100,7 +101,7 @@ class Plan:
                 if rows is None:
                     rows = self._make(number, phase)
                     if self.files is not None:
-                        self.files.keep_epoch(number, rows)
+                        self.files.keep_epoch(number, rows, self._ahead)
                 while len(self._epochs) >= _KEPT_EPOCHS:
                     self._epochs.pop(next(iter(self._epochs)))
                 self._epochs[number] = rows
@@ -162,13 +163,17 @@ class Plan:
     def end_row(self, epochs: float) -> int:
         """The number of rows in so many epochs; a part of one is a part of its rows, rounded up."""
         whole = int(epochs)
+        while len(self._first_row) <= whole:  # without making room for epochs that are far away
+            self.plan_ahead(self._first_row[-1] + 1)
         part = int(np.ceil((epochs - whole) * len(self.epoch(whole)))) if epochs > whole else 0
         return self._start(whole) + part
 
     def plan_ahead(self, end_row: int) -> None:
         """Makes and keeps every epoch with rows before `end_row`, so that other processes find them."""
+        self._ahead = True
         while self._first_row[-1] < end_row:
             self._start(len(self._first_row))
+        self._ahead = False
 
     def _start(self, epoch: int) -> int:
         with self._lock:

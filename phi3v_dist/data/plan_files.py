@@ -19,7 +19,7 @@ from phi3v_dist.data.epoch import EpochRows
 from shards.atomic import write_atomically
 
 _WORTH_KEEPING = 20_000  # samples; smaller epochs are made faster than files are opened
-_KEPT = 4  # epochs on disk
+_MOST_BYTES = 4 << 30  # of all epochs on disk
 _log = logging.getLogger(__name__)
 
 
@@ -49,13 +49,21 @@ class PlanFiles:
         whole = len(offsets) == rows + 1 and int(offsets[-1]) == len(samples)
         return EpochRows(samples, np.asarray(offsets)) if whole else None
 
-    def keep_epoch(self, number: int, rows: EpochRows) -> None:
-        if len(rows.samples) < _WORTH_KEEPING:
+    def keep_epoch(self, number: int, rows: EpochRows, ahead: bool) -> None:
+        """Stores an epoch. Where room is short, those that the run is past go, unless it plans `ahead`: then
+        this one is not kept.
+        """
+        if not self.writer or len(rows.samples) < _WORTH_KEEPING:
             return
-        self._store(f"epoch-{number:06d}", np.concatenate([[len(rows)], rows.offsets, rows.samples]))
-        if self.writer:
-            for old in sorted(self.directory.glob(f"plan-{self.key}.epoch-*.npy"))[:-_KEPT]:
-                old.unlink(missing_ok=True)
+        values = np.concatenate([[len(rows)], rows.offsets, rows.samples])
+        kept = sorted(self.directory.glob(f"plan-{self.key}.epoch-*.npy"))
+        total = values.nbytes + sum(file.stat().st_size for file in kept)
+        for old in [] if ahead else kept:
+            if total > _MOST_BYTES and int(old.name.split(".epoch-")[1][:6]) < number:
+                total -= old.stat().st_size
+                old.unlink()
+        if total <= _MOST_BYTES:
+            self._store(f"epoch-{number:06d}", values)
 
     def _path(self, name: str) -> Path:
         return self.directory / f"plan-{self.key}.{name}.npy"

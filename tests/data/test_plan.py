@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phi3v_dist.data import plan_files
 from phi3v_dist.data.describe import step_imbalance
 from phi3v_dist.data.epoch import Layout, epoch_draws, epoch_samples
 from phi3v_dist.data.plan import Plan, RankRows, deal_rows, rank_rows, row_cost, sample_work
@@ -185,7 +186,9 @@ def test_a_mixture_keeps_its_proportions_and_uses_every_sample_before_any_again(
     assert len(plan(costs=costs(1000), layout=Layout(layout.shards, layout.bounds)).epoch(0).samples) == 1000
 
 
-def test_a_plan_is_kept_and_one_that_is_damaged_is_made_again(tmp_path: Path) -> None:
+def test_a_plan_is_kept_and_one_that_is_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def kept(writer: bool) -> Plan:
         return Plan(log_normal(30_000, 8192), 8192, 0, 8, files=PlanFiles(tmp_path, "key", writer))
 
@@ -196,7 +199,18 @@ def test_a_plan_is_kept_and_one_that_is_damaged_is_made_again(tmp_path: Path) ->
     end = first.end_row(6)
     rows = first.epoch(5)
     names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == [*(f"plan-key.epoch-00000{n}.npy" for n in (2, 3, 4, 5)), "plan-key.rows.npy"]
+    assert names == [*(f"plan-key.epoch-00000{n}.npy" for n in range(6)), "plan-key.rows.npy"]
+    # with room for three: the first three are planned ahead, later ones take the room of those gone by
+    size = (tmp_path / names[0]).stat().st_size
+    monkeypatch.setattr(plan_files, "_MOST_BYTES", int(3.5 * size))
+    for file in tmp_path.iterdir():
+        file.unlink()
+    small = kept(writer=True)
+    small.plan_ahead(end)
+    assert [file.name[15:-4] for file in sorted(tmp_path.glob("*.epoch-*"))] == ["000000", "000001", "000002"]
+    small._epochs.clear()
+    small.epoch(5)
+    assert [file.name[15:-4] for file in sorted(tmp_path.glob("*.epoch-*"))] == ["000001", "000002", "000005"]
     again = kept(writer=False)
     again._make = None  # type: ignore[assignment]  # it is not made again
     assert again.end_row(6) == end
