@@ -28,6 +28,8 @@ SCRIPTS: dict[str, tuple[list[str], int]] = {
     "packing": ([], 300),
     "plan": ([], 900),
     "loader": ([], 900),
+    "evaluate": ([], 600),
+    "tracking": ([], 600),
 }
 
 

@@ -232,38 +232,67 @@ def _shown(value: float | int | None) -> str:
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="a run or a checkpoint")],
+    model: Annotated[str, typer.Argument(help="a run (RUN:best, RUN:latest, RUN:1500) or a checkpoint")],
     out: Annotated[Path, typer.Argument(help="directory to make")],
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: as trained")] = None,
+    max_shard_gb: Annotated[float, typer.Option(help="largest weight file, 10^9 bytes")] = 5.0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="load it again and compare weights and answers")
+    ] = False,
+    dataset: Annotated[
+        str | None, typer.Option(help="questions for --verify; default: the run's data")
+    ] = None,
 ) -> None:
     """Write a trained model in the published layout: safetensors, config, tokenizer, processor.
 
-    Example: phi3v export runs/demo runs/demo/export
+    Example: phi3v export runs/demo:best runs/demo/export --verify
     """
     from phi3v_dist.export import export as export_model
+    from phi3v_dist.export import verify as verify_export
     from phi3v_dist.restore import find_source
 
     if dtype not in (None, "bfloat16", "float32"):
         raise BadInputError(f"--dtype {dtype}: use bfloat16 or float32")
-    print(f"exported to {export_model(find_source(model), out, dtype)}")
+    source = find_source(model)
+    print(f"exported to {export_model(source, out, dtype, int(max_shard_gb * 1e9))}")
+    if verify:
+        answers = verify_export(source, out, dataset or _data_of(source.directory))
+        print(f"verified: every weight and {len(answers)} answers are those of {source.directory}")
+
+
+def _data_of(checkpoint: Path) -> str | None:
+    """The dataset that a checkpoint's run trained on, if it is still there."""
+    from phi3v_dist.checkpoint import read_meta
+
+    data = read_meta(checkpoint)["run"]["config"]["data"]
+    path = data.get("path") or next((source["path"] for source in data.get("sources") or []), None)
+    return path if path is not None and ("://" in path or Path(path).is_dir()) else None
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="a run directory")],
-    out: Annotated[Path | None, typer.Option(help="the page; default RUN/report.html")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="run directories; several are laid over each other")],
+    out: Annotated[Path | None, typer.Option(help="the page; default RUN/report.html of the first")] = None,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="upload to W&B what the runs recorded offline")
+    ] = False,
 ) -> None:
-    """Write one HTML page about a run: curves, evaluations, answers. It needs no network.
+    """Write one HTML page about one or more runs: curves, evaluations, answers. It needs no network.
 
     Example: phi3v report runs/demo
     """
     from phi3v_dist.report import report as make_report
     from shards.atomic import write_atomically
 
-    page = make_report(run)
-    target = out or run / "report.html"
+    page = make_report(runs)
+    target = out or runs[0] / "report.html"
     write_atomically(target, page.encode())
-    print(f"wrote {target}")
+    print(f"wrote {target} ({len(page.encode()) / 1e6:.2f} MB)")
+    if sync:
+        from phi3v_dist.wandb_run import sync as sync_run
+
+        for run in runs:
+            print(sync_run(run))
 
 
 @app.command()

@@ -1,31 +1,37 @@
 """A trained model as others load it: a directory in the published layout, checked by loading it again.
 
-In: a run, a checkpoint or a model directory. Out: safetensors with the official names, config, tokenizer,
-preprocessor and generation config, and README.md that says where it comes from. One tensor at a time is in
-memory beside the shard being written. Called by `phi3v export`.
+In: a run or a checkpoint of any world size. Out: safetensors with the official names, config, tokenizer,
+preprocessor and generation config, and README.md, which says where it comes from and how good it is. One
+tensor at a time is in memory beside the shard being written, so one machine without a GPU is enough. Called
+by `phi3v export`.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from phi3v_dist import __version__, checkpoint
+from phi3v_dist.answers import answer
+from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import write_hub_directory
-from phi3v_dist.restore import Source, model_config
+from phi3v_dist.questions import Question, Questions, read_split
+from phi3v_dist.restore import Source, find_source, model_config, restore
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_VERIFY_TOKENS = 32
 
 
 def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000) -> Path:
     """Writes `source`, a checkpoint, to the directory `out`; returns it.
 
-    dtype: "bfloat16" or "float32"; None: the one that the run trained in. Raises BadInputError if `source` is
-    no checkpoint or `out` holds something.
+    dtype: a name in model.dtypes; None: the one that the run trained in. max_shard_bytes: of a weight file,
+    and so of the memory that is needed. Raises BadInputError if `source` is no checkpoint or `out` holds
+    something.
     """
     if not source.is_checkpoint:
         raise BadInputError(
@@ -34,22 +40,69 @@ def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes:
     if out.exists() and any(out.iterdir()):
         raise BadInputError(f"{out}: is not empty; choose another directory or remove it")
     meta = checkpoint.read_meta(source.directory)
-    trained_in = meta["run"]["config"]["model"]["dtype"]
     write_hub_directory(
         out,
         model_config(source),
         checkpoint.read_tensors(source.directory),
-        _DTYPES[dtype or trained_in],
+        torch_dtype(dtype or meta["run"]["config"]["model"]["dtype"]),
         max_shard_bytes=max_shard_bytes,
         num_crops=meta["num_crops"],
         tokenizer_dir=source.directory,
     )
-    write_atomically(out / "README.md", _card(source, meta["run"]).encode())
+    write_atomically(out / "README.md", _card(source, meta).encode())
     return out
 
 
-def _card(source: Source, run: dict) -> str:
-    config = run["config"]
+def verify(source: Source, out: Path, dataset: str | None = None, samples: int = 4) -> list[str]:
+    """Loads `out` again through transformers and compares with `source`: every weight, bit for bit, and the
+    answers to `samples` questions of `dataset` (its val split, else train; None: to a question without a
+    picture). Returns the answers.
+
+    Raises BadInputError naming the first tensor or answer that differs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import phi3v_dist.model  # noqa: F401 - registers the model with transformers
+
+    written = json.loads((out / "config.json").read_text())
+    dtype = torch_dtype(str(written.get("dtype") or written.get("torch_dtype")))
+    ours = restore(source, "cpu", dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval()
+    found = dict(theirs.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        if not torch.equal(parameter, found.pop(name)):
+            raise BadInputError(
+                f"{out}: {name} is not what {source.directory} holds; remove it, export again"
+            )
+    if found:
+        raise BadInputError(f"{out}: has a tensor {min(found)} that {source.directory} has not")
+    again = restore(find_source(out), "cpu", dtype)
+    again = type(again)(theirs, again.config, again.processor, again.device, dtype)
+    answers = []
+    for question in _some_questions(dataset, samples):
+        one, other = (answer(model, [question], _VERIFY_TOKENS)[0] for model in (ours, again))
+        if one != other:
+            raise BadInputError(
+                f"{out}: answers {other!r} to {question.key!r} where {source.directory} answers {one!r}"
+            )
+        answers.append(one)
+    return answers
+
+
+def _some_questions(dataset: str | None, samples: int) -> list[Question]:
+    if dataset is None:
+        return [Question("hello", "<|user|>\nHello<|end|>\n<|assistant|>\n", "", ())]
+    for split in ("val", "train"):
+        chosen = read_split([dataset], split, samples, may_lack=True)
+        if len(chosen):
+            return Questions(chosen).read(range(len(chosen)))
+    raise BadInputError(f"{dataset}: neither a split val nor train to verify with")
+
+
+def _card(source: Source, meta: dict[str, Any]) -> str:
+    run, config = meta["run"], meta["run"]["config"]
+    data = config["data"]
+    commit = (run.get("git") or {}).get("commit")
     return "\n".join(
         [
             "---",
@@ -60,8 +113,17 @@ def _card(source: Source, run: dict) -> str:
             "",
             f"Phi-3-Vision, fine-tuned with phi3v-dist {__version__}; step {source.step}.",
             "",
-            f"- data: fingerprint `{run['data_fingerprint']}`, split `{config['data']['train_split']}`",
+            "Load it with phi3v-dist installed: `import phi3v_dist.model`, then",
+            "`AutoModelForCausalLM.from_pretrained(...)` and `AutoProcessor.from_pretrained(...)`, or:",
+            '`phi3v ask THIS_DIRECTORY picture.jpg --prompt "What is this?"`.',
+            "",
+            *_scores(source),
+            "## Made from",
+            "",
+            f"- data: fingerprint `{run['data_fingerprint']}`, split `{data['train_split']}`",
             f"- started from: `{config['model']['path'] or 'new weights'}`",
+            f"- code: {f'commit `{commit}`' if commit else 'no git checkout'}",
+            f"- seen: {meta['progress']['tokens']:,} tokens, {meta['progress']['images']:,} pictures",
             f"- versions: {json.dumps(run['versions'])}",
             "",
             "```json",
@@ -70,3 +132,23 @@ def _card(source: Source, run: dict) -> str:
             "",
         ]
     )
+
+
+def _scores(source: Source) -> list[str]:
+    """The evaluation in training at this step, as a table."""
+    file = source.directory.parent.parent / "eval" / source.directory.name / "scores.json"
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return []
+    lines = [
+        f"## Evaluation at step {source.step}",
+        "",
+        "| metric | value | 95 % interval |",
+        "|---|---|---|",
+    ]
+    for name, value in found["scores"].items():
+        between = found.get("intervals", {}).get(name)
+        shown = "-" if value is None else f"{value:.4g}"
+        lines.append(f"| {name} | {shown} | {f'{between[0]:.4g} .. {between[1]:.4g}' if between else ''} |")
+    return [*lines, ""]

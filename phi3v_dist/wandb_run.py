@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import secrets
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import psutil
 from phi3v_dist import checkpoint
 from phi3v_dist.config import RunConfig
 from shards.atomic import write_atomically
+from shards.format import BadInputError
 
 RUN_ID = "wandb_id"
 FOLDER = "wandb"
@@ -104,6 +107,27 @@ class Mirror:
         if target is not None:
             _log_model(run, self._config, target, ["best"])
         self._best_sent = best
+
+
+def sync(run_dir: Path) -> str:
+    """Uploads what the starts of a run have recorded, in order, with the client's `wandb sync`; says what it
+    did. Raises BadInputError if there is nothing, or the client fails.
+    """
+    folders = sorted((run_dir / FOLDER).glob("*run-*-*"))
+    folders = [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
+    if not folders:
+        raise BadInputError(f"{run_dir}: nothing recorded for W&B ({run_dir / FOLDER} holds no run)")
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", *map(str, folders)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    except subprocess.TimeoutExpired as error:
+        raise BadInputError(f"{run_dir}: `wandb sync` has not ended after {error.timeout:.0f} s") from error
+    if done.returncode:
+        lines = (done.stderr + done.stdout).strip().splitlines()
+        raise BadInputError(
+            f"{run_dir}: `wandb sync` failed: {lines[-1] if lines else 'no message'}; is WANDB_API_KEY set?"
+        )
+    return f"{run_dir}: {len(folders)} part(s) uploaded to W&B"
 
 
 class NodeMetrics:

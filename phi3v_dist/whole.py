@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model, expected_shapes
@@ -20,6 +21,7 @@ from phi3v_dist.parallel.mesh import Mesh
 from shards.format import BadInputError
 
 _SPARE = 1.1  # fragmentation, the tower at work, logits
+_TOGETHER = 64 * 2**20  # elements of this rank in one collective
 _log = logging.getLogger(__name__)
 
 
@@ -68,13 +70,35 @@ def keep_whole(
 
 
 def gather_whole(engine: Any, config: Phi3VConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """A plain copy, on every rank, of the model that the ZeRO-3 `engine` holds in parts."""
-    import deepspeed
+    """A plain copy, on every rank, of the model that the ZeRO-3 `engine` holds in parts.
 
+    The slices of many parameters travel together: DeepSpeed's own gathering takes a collective and two hooks
+    for each.
+    """
     copy = build_model(config, dtype).to(device).eval()
+    pairs = list(zip(copy.parameters(), engine.module.parameters(), strict=True))
     with torch.no_grad():
-        pairs = zip(copy.parameters(), engine.module.parameters(), strict=True)
-        for plain, partitioned in pairs:
-            with deepspeed.zero.GatheredParameters(partitioned):
-                plain.copy_(partitioned)
+        while pairs:
+            together = [pairs.pop(0)]
+            kind, size = together[0][1].ds_tensor.dtype, together[0][1].ds_tensor.numel()
+            while pairs and pairs[0][1].ds_tensor.dtype == kind and size < _TOGETHER:
+                size += pairs[0][1].ds_tensor.numel()
+                together.append(pairs.pop(0))
+            _gather([plain for plain, _ in together], [parts for _, parts in together])
     return copy
+
+
+def _gather(plain: list[torch.Tensor], parts: list[Any]) -> None:
+    """Fills `plain` from the slices that the ranks keep of `parts`: flat, the last one padded at its end
+    (DeepSpeed 0.19.8).
+    """
+    own = torch.cat([part.ds_tensor.data.view(-1) for part in parts])
+    everyone = own.new_empty(dist.get_world_size() * own.numel())
+    dist.all_gather_into_tensor(everyone, own)
+    everyone = everyone.view(dist.get_world_size(), own.numel())
+    offset = 0
+    for whole, part in zip(plain, parts, strict=True):
+        width = part.ds_tensor.numel()
+        flat = everyone[:, offset : offset + width].reshape(-1)[: part.ds_numel]
+        whole.copy_(flat.view(whole.shape))
+        offset += width

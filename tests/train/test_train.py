@@ -19,7 +19,7 @@ from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.data.samples import read_samples
 from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.exits import DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
-from phi3v_dist.export import export
+from phi3v_dist.export import export, verify
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.model.hub import load_config as load_model_config
 from phi3v_dist.optim import learning_rate, parameter_groups, set_learning_rate
@@ -101,6 +101,14 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
     ]  # fmt: skip
     with pytest.raises(BadInputError, match="is not empty"):
         export(find_source(run_dir), out)
+    assert len(verify(find_source(run_dir), out, str(load_config(tiny_config).data.path), 2)) == 2
+    assert "| exact_match |" in (out / "README.md").read_text()
+
+    # the best checkpoint has a name, and W&B's step is never twice
+    best = find_source(f"{run_dir}:best")
+    assert (best.step, find_source(f"{run_dir}:latest").step, find_source(f"{run_dir}:3").step) == (6, 6, 3)
+    with pytest.raises(BadInputError, match="no checkpoint of step 5; there are: 3, 6"):
+        find_source(f"{run_dir}:5")
 
     # a damaged newest checkpoint is passed over; nothing but a whole one is read
     damaged = checkpoints / "step-000009"

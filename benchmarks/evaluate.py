@@ -1,0 +1,110 @@
+"""Generation under ZeRO-3: weights gathered once, against layers gathered for every token.
+
+    python benchmarks/evaluate.py [--ranks 2] [--samples 16] [--tokens 24] [--json PATH]
+
+The model of configs/tiny.yaml with its first weights answers drawn products on real ranks over gloo. Ours: a
+whole copy is gathered from the partitioned engine (counted), then each rank answers its share. The peer:
+generate() on the partitioned model, which is what calling it under ZeRO-3 does. Same batches, same answers
+(checked); rounds alternate, one thread a rank; medians.
+"""
+
+import argparse
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.record import Comparison, report
+
+BAR = 5.0
+
+
+def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
+    """One rank; rank 0 prints the seconds of each round: ours, theirs."""
+    import torch
+
+    from phi3v_dist.answers import answer_all
+    from phi3v_dist.config import load_config
+    from phi3v_dist.origin import prepare_origin
+    from phi3v_dist.parallel.mesh import open_mesh
+    from phi3v_dist.parallel.zero import prepare_deepspeed
+    from phi3v_dist.questions import Questions, read_split
+    from phi3v_dist.restore import Restored, find_source, restore_partitioned
+    from phi3v_dist.whole import gather_whole
+
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    recipe = Path(__file__).resolve().parents[1] / "configs/tiny.yaml"
+    config = load_config(recipe, [f"runs_dir={folder}", f"data.path={folder / 'shards'}"])
+    with open_mesh(600) as mesh:
+        origin = prepare_origin(config, config.run_dir, mesh)
+        prepare_deepspeed(mesh)
+        parts = restore_partitioned(find_source(origin.model_dir), mesh.device, torch.float32)
+        questions = Questions(read_split([str(folder / "shards")], "train", samples))
+        for turn in range(rounds + 1):
+            seconds, answers = [], []
+            for way in ("whole", "parts"):
+                mesh.barrier()
+                began = time.perf_counter()
+                restored = parts
+                if way == "whole":
+                    engine = SimpleNamespace(module=parts.model)
+                    copy = gather_whole(engine, parts.config, torch.float32, mesh.device)
+                    restored = Restored(copy, parts.config, parts.processor, mesh.device, torch.float32)
+                answers.append(answer_all(restored, questions, mesh, 8, tokens)[0])
+                mesh.barrier()
+                seconds.append(time.perf_counter() - began)
+            if answers[0] != answers[1]:
+                raise SystemExit("the two ways give different answers")
+            if mesh.is_main and turn:
+                print("seconds", *seconds, flush=True)
+
+
+def main() -> int:
+    """Measures both; the exit status."""
+    parser = argparse.ArgumentParser(description="generation under ZeRO-3")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    if options.rank_in is not None:
+        rank(options.rank_in, options.samples, options.tokens, options.rounds)
+        return 0
+    from shards.build import BuildOptions, build
+    from shards.sample import make_catalogue
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_catalogue(folder / "catalogue", 4 * options.samples, seed=0)
+        table = str(folder / "catalogue/products.csv")
+        build(table, str(folder / "shards"), BuildOptions(group_by="product_code"))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={options.ranks}", str(Path(__file__).resolve()), "--rank-in", scratch]
+        command += ["--samples", str(options.samples), "--tokens", str(options.tokens)]
+        command += ["--rounds", str(options.rounds)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    rounds = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("seconds")]
+    if done.returncode or len(rounds) != options.rounds:
+        print(done.stdout[-2000:], done.stderr[-6000:], file=sys.stderr)
+        return 1
+    ours, theirs = (statistics.median(float(r[way]) for r in rounds) for way in (0, 1))
+    ratio = statistics.median(float(r[1]) / float(r[0]) for r in rounds)
+    what = f"{options.samples} answers of {options.tokens} tokens on {options.ranks} ranks, gathered once"
+    peer = "every layer gathered for every token"
+    bar = f">= {BAR:g} times faster"
+    return report(
+        "evaluate", [Comparison(what, peer, ours, theirs, "s", ratio, bar, ratio >= BAR)], options.json
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
