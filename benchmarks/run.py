@@ -30,6 +30,7 @@ SCRIPTS: dict[str, tuple[list[str], int]] = {
     "loader": ([], 900),
     "evaluate": ([], 600),
     "tracking": ([], 600),
+    "step_overhead": ([], 600),
 }
 
 
