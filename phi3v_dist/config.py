@@ -72,6 +72,7 @@ class DataConfig(Section):
     `[{path: a, weight: 3}, {path: b, weight: 1}]`. Without weights an epoch holds every sample once. With
     weights it has as many samples, in these proportions: a data set that gets more than it holds is gone
     through again, one that gets less goes on in the next epoch where it stopped.
+    train_split: the split to learn from. val_split: the split that evaluations answer.
     seq_len: positions of a packed row. num_crops: most tiles of a picture.
     over_long: what happens to samples longer than seq_len: `fail` refuses to start, `drop` leaves them out,
     `truncate` leaves out pictures from the end until the sample fits (text and answers stay) and drops it if
@@ -203,9 +204,11 @@ class CheckpointConfig(Section):
 
 
 class EvalConfig(Section):
-    """Evaluation during training: the loss on `loss_samples` of the val split and answers to the same
-    `generate_samples` of them each time. every_steps 0: at the end alone.
+    """Evaluation during training, on samples of the val split, the same ones each time.
 
+    every_steps: optimizer steps between evaluations, 0 for one at the end alone. loss_samples: so many have
+    their loss taken. generate_samples: so many are answered. max_new_tokens: longest answer. batch_size:
+    questions answered together, per rank.
     metrics: names in phi3v_dist.metrics.METRICS, or module:function for your own. slice_by: field of the
     samples' meta whose values are scored one by one. best_metric: the eval/* metric whose best checkpoint is
     kept and named `best` (null for none); best_mode: whether less or more of it is better. weights: for the
@@ -226,10 +229,12 @@ class EvalConfig(Section):
 
 
 class TrackConfig(Section):
-    """W&B and the log. log_every: optimizer steps.
+    """W&B and the log.
 
-    mode auto: WANDB_MODE if it is set, else online with a key (WANDB_API_KEY or ~/.netrc), else offline;
-    `phi3v report RUN --sync` uploads what was recorded offline. name: of the W&B run, default the run's.
+    log_every: optimizer steps between lines of metrics.
+    mode: `auto` is WANDB_MODE if it is set, else online with a key (WANDB_API_KEY or ~/.netrc), else offline;
+    `phi3v report RUN --sync` uploads what was recorded offline. project, entity, group, tags: of W&B.
+    name: of the W&B run, default the run's.
     artifacts: the best and the last checkpoint as artifacts, by reference (path and metadata) or with their
     files. node_metrics: system metrics of every node, not of the first alone (online only). close_timeout_s:
     the longest wait for W&B at the end of the run.
@@ -248,7 +253,11 @@ class TrackConfig(Section):
 
 
 class RunConfig(Section):
-    """The whole tree. name: the run directory is runs_dir/name."""
+    """The whole tree.
+
+    name: of the run; its directory is runs_dir/name. runs_dir: where run directories lie, on storage that all
+    nodes see. seed: of new weights, of the order of the samples, of dropout.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: str = "runs"
