@@ -70,16 +70,21 @@ class JobDescription:
         return self.cpu_processes or self.gpus_per_node
 
 
-def check_batch(job: JobDescription, global_batch: int) -> None:
-    """Raises BadInputError if `global_batch` rows cannot be shared by the job's ranks: better now than after
-    a wait in the queue.
+def check_batch(job: JobDescription, global_batch: int, sp: int) -> None:
+    """Raises BadInputError if `global_batch` rows cannot be shared by the job's groups of `sp` ranks: better
+    now than after a wait in the queue.
     """
     ranks = job.nodes * job.processes_per_node
-    if global_batch % ranks:
-        fitting = -(-global_batch // ranks) * ranks
+    size = f"{job.nodes} x {job.processes_per_node} = {ranks} ranks"
+    if ranks % sp:
+        raise BadInputError(f"parallel.sp={sp} does not divide the {size}; choose one that does")
+    groups = ranks // sp
+    if global_batch % groups:
+        fitting = -(-global_batch // groups) * groups
+        shared = size if sp == 1 else f"{size}, {sp} to a row"
         raise BadInputError(
-            f"train.global_batch={global_batch} rows cannot be shared by {job.nodes} x "
-            f"{job.processes_per_node} = {ranks} ranks; set train.global_batch={fitting}"
+            f"train.global_batch={global_batch} rows cannot be shared by {shared}; "
+            f"set train.global_batch={fitting}"
         )
 
 

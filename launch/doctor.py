@@ -64,7 +64,8 @@ def run_doctor(
     checks: list[Callable[[], Iterator[Finding]]] = [versions, compiled_resize, gpus, shared_memory, network]
     if config is not None:
         checks += [lambda: run_directory(config), lambda: dataset(config), lambda: weights(config)]
-        checks += [lambda: batch(config, environment), lambda: wandb(config, environment)]
+        checks += [lambda: batch(config, environment), lambda: memory(config, environment)]
+        checks += [lambda: wandb(config, environment)]
     if slurm:
         checks.append(slurm_cluster)
     if k8s:
@@ -243,17 +244,55 @@ def weights(config: RunConfig) -> Iterator[Finding]:
         yield Finding("green", "model", f"{path}: {len(files) - 2} weight file(s), tokenizer")
 
 
-def batch(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """global_batch is a multiple of the ranks, here or in the job that this runs in."""
+def _ranks(environment: Mapping[str, str]) -> int:
+    """Of a job here, or of the job that this runs in."""
     per_node = visible_gpus() or int(environment.get("PHI3V_CPU_PROCESSES", min(CPU_PROCESSES, cores())))
-    nodes = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
-    ranks, rows = per_node * nodes, config.train.global_batch
-    found = f"global_batch {rows} on {ranks} rank(s)"
-    if rows % ranks:
-        mend = f"set train.global_batch to a multiple of {ranks}, such as {-(-rows // ranks) * ranks}"
+    return per_node * int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def batch(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """global_batch is a multiple of the groups of ranks that share a row, here or in the job that this runs
+    in."""
+    ranks, rows, sp = _ranks(environment), config.train.global_batch, config.parallel.sp
+    found = f"global_batch {rows} on {ranks} rank(s)" + (f", {sp} to a row" if sp > 1 else "")
+    if ranks % sp:
+        yield Finding("red", "batch", found, f"set parallel.sp to a divisor of {ranks}")
+    elif rows % (ranks // sp):
+        groups = ranks // sp
+        mend = f"set train.global_batch to a multiple of {groups}, such as {-(-rows // groups) * groups}"
         yield Finding("red", "batch", found, mend)
     else:
-        yield Finding("green", "batch", f"{found}: {rows // ranks} row(s) a step on each")
+        yield Finding("green", "batch", f"{found}: {rows * sp // ranks} row(s) a step on each")
+
+
+def memory(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """What `phi3v estimate` says of the GPUs that are here."""
+    from phi3v_dist.estimate import advice, estimate
+    from phi3v_dist.origin import model_config_of
+
+    if config.model.path is not None and not (Path(config.model.path) / "config.json").exists():
+        return  # `weights` says so
+    model, ranks = model_config_of(config), _ranks(environment)
+    if ranks % config.parallel.sp:
+        return  # `batch` says so
+    needed = estimate(config, model, ranks)
+    found = f"{needed.total / GB:.0f} GB on each of {ranks} rank(s), {needed.host / GB:.0f} GB of host memory"
+    gpu_bytes = _gpu_bytes() if visible_gpus() else None
+    if gpu_bytes is None:
+        yield Finding("green", "memory", f"{found}; no GPU here to compare with")
+    elif needed.total > gpu_bytes:
+        changes = "; ".join(advice(config, model, ranks, gpu_bytes))
+        yield Finding("red", "memory", f"{found}, the GPU has {gpu_bytes / GB:.0f}", changes)
+    else:
+        yield Finding("green", "memory", f"{found}, the GPU has {gpu_bytes / GB:.0f}")
+
+
+def _gpu_bytes() -> int | None:
+    """Of the smallest GPU, as the driver says."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    sizes = [int(word) * 2**20 for word in said if word.isdigit()]
+    return min(sizes, default=None)
 
 
 def wandb(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -74,7 +74,7 @@ def describe(
         gpus_per_node=gpus_per_node,
         image=image,
     )
-    check_batch(job, config.train.global_batch)
+    check_batch(job, config.train.global_batch, config.parallel.sp)
     return job
 
 

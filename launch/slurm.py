@@ -120,7 +120,8 @@ def launch_slurm(
         minutes=minutes,
     )
     for run in runs:
-        check_batch(job, load_config(config_path, run).train.global_batch)
+        swept = load_config(config_path, run)
+        check_batch(job, swept.train.global_batch, swept.parallel.sp)
     run_dir = load_config(config_path, overrides).run_dir.resolve()
     folder = run_dir / JOBS
     if show:

@@ -78,3 +78,27 @@ def test_a_cluster_that_is_not_there_is_red(tmp_path: Path, monkeypatch: pytest.
 def test_a_line_names_status_subject_and_mend() -> None:
     finding = Finding("yellow", "GPUs", "none", "rent some")
     assert doctor.line(finding, colour=False) == "yellow GPUs: none; rent some"
+
+
+def test_a_gpu_that_is_too_small_is_red_and_says_what_to_change(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config, ["train.global_batch=4"])
+    assert [finding.status for finding in doctor.memory(config, {})] == ["green"]
+    monkeypatch.setattr(doctor, "visible_gpus", lambda: 2)
+    monkeypatch.setattr(doctor, "_gpu_bytes", lambda: 80 * 10**9)
+    assert [finding.status for finding in doctor.memory(config, {})] == ["green"]
+    monkeypatch.setattr(doctor, "_gpu_bytes", lambda: 10**9)
+    (finding,) = doctor.memory(config, {})
+    assert finding.status == "red" and "the GPU has 1" in finding.found and "=" in finding.mend
+
+
+def test_ranks_that_share_a_row_are_counted_as_one(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "visible_gpus", lambda: 4)
+    overrides = ["train.global_batch=2", "parallel.sp=2"]
+    (finding,) = doctor.batch(load_config(tiny_config, overrides), {})
+    assert finding.status == "green" and "2 to a row" in finding.found
+    (finding,) = doctor.batch(load_config(tiny_config, [*overrides, "parallel.sp=3"]), {})
+    assert finding.status == "red" and "divisor of 4" in finding.mend

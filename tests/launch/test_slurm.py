@@ -79,6 +79,11 @@ def test_a_sweep_is_every_combination_each_a_run_of_its_own(tiny_config: Path) -
         ({"gpus_per_node": 0}, "no GPUs per node"),
         ({"minutes": 5}, "leaves no time to train"),
         ({}, "4 rows cannot be shared by 1 x 8 = 8 ranks"),
+        ({"gpus_per_node": 6, "sweep": ["parallel.sp=1,4"]}, "4 rows cannot be shared by 1 x 6"),
+        (
+            {"gpus_per_node": 6, "sweep": ["parallel.sp=4"]},
+            "parallel.sp=4 does not divide the 1 x 6 = 6 ranks",
+        ),
         ({"gpus_per_node": 4}, "no sbatch on the PATH"),
     ],
 )
