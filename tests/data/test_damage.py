@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -339,3 +341,48 @@ def test_how_many_bad_samples_a_run_bears() -> None:
     assert allowed(0.1, 5, 60) == 6
     assert allowed(0.01, 5, 10**6) == 10
     assert allowed(0.01, 10**6, 10**6) == 10_000
+
+
+KILLED_RANK = """
+import os
+import psutil
+from phi3v_dist.data.loader import load_rows
+from rows_of_nothing import Maker
+
+if __name__ == "__main__":
+    rows = load_rows(Maker(), range(10**6), 2, 1, 60)
+    next(rows)
+    children = psutil.Process().children(recursive=True)
+    print(*(p.pid for p in children if "resource_tracker" not in " ".join(p.cmdline())), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+MAKER = """
+class Maker:
+    def reader(self):
+        return None
+
+    def load(self, micro, reader):
+        return micro
+"""
+
+
+def test_the_workers_of_a_killed_rank_end(tmp_path: Path) -> None:
+    (tmp_path / "rows_of_nothing.py").write_text(MAKER)
+    (tmp_path / "rank.py").write_text(KILLED_RANK)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(tmp_path / "rank.py")]
+    # Output to a file: a pipe would be held open by whatever is left.
+    with (tmp_path / "said").open("wb") as said:
+        code = subprocess.run(command, env=environment, stdout=said, timeout=90, check=False).returncode
+    assert code == -signal.SIGKILL
+    left = [psutil.Process(int(pid)) for pid in (tmp_path / "said").read_text().split() if _runs(int(pid))]
+    try:
+        assert not psutil.wait_procs(left, timeout=30)[1]
+    finally:
+        for process in left:
+            if process.is_running():
+                process.kill()
+
+
+def _runs(pid: int) -> bool:
+    return psutil.pid_exists(pid)
