@@ -189,7 +189,9 @@ def _parse_task(text: str) -> tuple[int, int]:
 
 @app.command()
 def index(
-    directory: Annotated[str, typer.Argument(help="Directory of .tar files in WebDataset form.")],
+    directory: Annotated[
+        str, typer.Argument(help="Directory (or s3:// or other URL) of .tar files in WebDataset form.")
+    ],
     images: Annotated[
         list[str] | None, typer.Option("--images", help="Suffix of the image members; repeat it for several.")
     ] = None,
@@ -198,6 +200,9 @@ def index(
     group_by: GroupOption = None,
     val_fraction: ValOption = 0.1,
     min_success: SuccessOption = 0.95,
+    work_dir: Annotated[
+        str | None, typer.Option(help="Where tars of an object store are looked at (default: cache).")
+    ] = None,
 ) -> None:
     """Makes index and dataset.json for tars that someone else wrote; the tars stay as they are."""
     from shards.index import IndexOptions, build_index
@@ -211,7 +216,7 @@ def index(
         min_success=min_success,
     )
     with _progress("bytes") as progress:
-        info = build_index(directory, options, progress)
+        info = build_index(directory, options, progress, work_dir)
     typer.echo(
         f"{directory}: {info.num_samples} samples in {len(info.shards)} shards, {_splits(info.splits)}"
     )

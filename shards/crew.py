@@ -11,6 +11,7 @@ In: work, options. Out: the finished windows. Called by `build`.
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -178,6 +179,7 @@ def _serve(
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # nothing that the parent made is garbage: do not look through it again and again
     try:
         with writing(place.out):
             run_worker(place, work, options, todo, _SharedTally(shared, pipe))

@@ -15,14 +15,15 @@ import asyncio
 import contextlib
 import email.utils
 import ipaddress
+import os
 import random
 import socket
+import stat
 import time
 import urllib.parse
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import fsspec
@@ -79,7 +80,12 @@ class Fetcher:
         self.options = options
         self._slots = asyncio.Semaphore(options.concurrency)
         self._host_slots: dict[str, asyncio.Semaphore] = {}
-        self._client = httpx.AsyncClient(
+        self._client: httpx.AsyncClient | None = None
+
+    def _open(self) -> httpx.AsyncClient:
+        """The client, made when the first URL comes: local files need none of it."""
+        options = self.options
+        self._client = self._client or httpx.AsyncClient(
             follow_redirects=False,
             trust_env=False,  # a proxy would hide the addresses that are checked here
             timeout=httpx.Timeout(
@@ -94,12 +100,14 @@ class Fetcher:
                 "Accept-Encoding": "identity",
             },
         )
+        return self._client
 
     async def __aenter__(self) -> Fetcher:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.aclose()
+        if self._client is not None:
+            await self._client.aclose()
 
     async def fetch(self, url: str) -> Fetched:
         """The bytes of one URL or path, or the reason why there are none. Raises nothing but cancellation."""
@@ -150,7 +158,7 @@ class Fetcher:
             if here.scheme not in ("http", "https") or not here.host:
                 return _Answer(reason=f"redirected to {here}, which is not http or https")
             await self._check_host(here)
-            async with self._client.stream("GET", here) as response:
+            async with self._open().stream("GET", here) as response:
                 self._check_peer(response)
                 if response.has_redirect_location:
                     here = here.join(response.headers["location"])
@@ -291,13 +299,21 @@ def is_local(url: str) -> bool:
 def read_local(url: str, max_bytes: int) -> Fetched:
     """The bytes of a path or a file:// URL, or the reason why there are none."""
     try:
-        path = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path) if "://" in url else url)
-        if not path.is_file():  # also pipes and devices, on which a read would hang
-            return Fetched(url, None, "is no file" if path.exists() else "no such file")
-        size = path.stat().st_size
-        if size > max_bytes:
-            return Fetched(url, None, f"{size} bytes, more than the limit of {max_bytes}")
-        return Fetched(url, path.read_bytes())
+        path = urllib.parse.unquote(urllib.parse.urlsplit(url).path) if "://" in url else url
+        descriptor = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # no waiting for a pipe's writer
+        with open(descriptor, "rb", buffering=0) as stream:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                return Fetched(url, None, "is no file")
+            if found.st_size > max_bytes:
+                return Fetched(url, None, f"{found.st_size} bytes, more than the limit of {max_bytes}")
+            return Fetched(url, stream.read())
+    except (FileNotFoundError, NotADirectoryError):
+        return Fetched(url, None, "no such file")
+    except IsADirectoryError:
+        return Fetched(url, None, "is no file")
     except (OSError, ValueError) as error:
         return Fetched(url, None, f"cannot be read ({getattr(error, 'strerror', None) or error})")
 

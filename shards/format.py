@@ -59,6 +59,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _TAG = re.compile(r"<\|image_(\d+)\|>")
 
 
@@ -104,7 +105,7 @@ def dataset_info_json(info: DatasetInfo) -> bytes:
 
 def sample_json(messages: Sequence[dict[str, str]], meta: dict[str, Any]) -> bytes:
     """The bytes of `KEY.json`."""
-    return json.dumps({"messages": list(messages), "meta": meta}, ensure_ascii=False).encode()
+    return _ENCODER.encode({"messages": list(messages), "meta": meta}).encode()
 
 
 def read_dataset_info(root: str) -> DatasetInfo:

@@ -5,8 +5,9 @@ sample may come in any order. Its images are the members with an image's suffix,
 in their names; its text comes from `KEY.json` ("messages", as this program writes it, or fields for the
 templates) and from text members (`KEY.txt` is the field {txt}, `KEY.cls` is {cls}).
 
-In: a directory of .tar files, `IndexOptions`. Out: `DatasetInfo`. One index part and one ledger part per tar,
-so an interrupted call goes on at the first tar without them. Called by the command line.
+In: a directory of .tar files or the URL of one in an object store, `IndexOptions`. Out: `DatasetInfo`. One
+index part and one ledger part per tar, so an interrupted call goes on at the first tar without them. Of a
+store one tar at a time is copied here. Called by the command line.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from shards.format import (
 )
 from shards.ledger import ledger_line, ledger_part, reasons
 from shards.options import BuildOptions, check_fractions
+from shards.place import Place, open_place
 from shards.prepare import Prepared, check_picture, index_row, split_of, with_pictures
 from shards.rows import Recipe, Row, RowMaker, make_row, row_maker
 from shards.tars import Member, TarSample, scan
@@ -99,23 +101,29 @@ class _Part:
 
 
 def build_index(
-    root: str, options: IndexOptions | None = None, progress: Progress | None = None
+    root: str,
+    options: IndexOptions | None = None,
+    progress: Progress | None = None,
+    work_dir: str | None = None,
 ) -> DatasetInfo:
-    """Indexes the tars of the local directory `root`, or finishes a call that was interrupted.
+    """Indexes the tars of `root`, a local directory or fsspec URL, or finishes a call that was interrupted.
 
-    progress(done, total): called with bytes of tars read.
+    progress(done, total): called with bytes of tars read. work_dir: where tars of a store are looked at;
+    None: in the user's cache.
     Raises BadInputError: no tars, a compressed or damaged one, a template that does not fit, too many samples
     that cannot be used, a directory that another command has written.
     """
     options = options or IndexOptions()
     check_fractions(options, "val_fraction", "min_success")
-    place = Path(root)
+    place = open_place(root, work_dir, "index")
     tars = _find_tars(place)
     chosen = {name: value for name, value in asdict(options).items() if name != "min_success"}
     built_with = json.loads(json.dumps({INDEXER: _INDEXER, **chosen}))
-    with alone_in(place):
+    place.root.mkdir(parents=True, exist_ok=True)
+    with alone_in(place.root):
         try:
-            if (place / DATASET_JSON).exists():
+            place.pull()
+            if (place.root / DATASET_JSON).exists():
                 return _already_indexed(place, tars, built_with)
             parts = _index_tars(place, tars, options, built_with, progress)
             return _finish(place, parts, options, built_with)
@@ -124,39 +132,46 @@ def build_index(
             raise BadInputError(f"{root}: cannot be indexed ({error.strerror or error}{name})") from error
 
 
-def _find_tars(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise BadInputError(f"{root}: no such directory; give the directory that holds the .tar files")
-    if (root / BUILD_JSON).exists():
+def _find_tars(place: Place) -> dict[str, tuple[int, str]]:
+    """name -> (bytes, stamp), by name."""
+    if place.filesystem is None and not place.root.is_dir():
+        raise BadInputError(f"{place.out}: no such directory; give the directory that holds the .tar files")
+    files = place.files()
+    if BUILD_JSON in files:
         raise BadInputError(
-            f"{root}: was written by shards build, which makes the index itself; run that again"
+            f"{place.out}: was written by shards build, which makes the index itself; run that again"
         )
-    tars = sorted(path for path in root.glob("*.tar") if not path.name.startswith("."))
+    tars = {name: files[name] for name in sorted(files) if name.endswith(".tar") and name[0] != "."}
     if not tars:
-        packed = sorted(
-            path.name for path in root.iterdir() if path.name.endswith((".tar.gz", ".tgz", ".tar.zst"))
-        )
+        packed = sorted(name for name in files if name.endswith((".tar.gz", ".tgz", ".tar.zst")))
         hint = f"; {packed[0]} is compressed: unpack it to a plain .tar first" if packed else ""
-        raise BadInputError(f"{root}: no .tar files to index{hint}")
+        raise BadInputError(f"{place.out}: no .tar files to index{hint}")
     return tars
 
 
-def _already_indexed(root: Path, tars: list[Path], built_with: dict[str, Any]) -> DatasetInfo:
-    info = read_dataset_info(str(root))
-    there = {path.name: path.stat().st_size for path in tars}
+def _already_indexed(
+    place: Place, tars: dict[str, tuple[int, str]], built_with: dict[str, Any]
+) -> DatasetInfo:
+    info = read_dataset_info(str(place.root))
+    there = {name: size for name, (size, _) in tars.items()}
     if info.built_with == built_with and there == {shard.name: shard.bytes for shard in info.shards}:
-        _log.info("%s: already indexed, nothing to do", root)
+        _log.info("%s: already indexed, nothing to do", place.out)
         return info
     what = "other options" if info.built_with != built_with else "other tars than those that are here now"
     raise BadInputError(
-        f"{root}: {DATASET_JSON} is of an index with {what}; to index anew, delete {DATASET_JSON}, "
+        f"{place.out}: {DATASET_JSON} is of an index with {what}; to index anew, delete {DATASET_JSON}, "
         f"{INDEX_DIR}/ and {LEDGER_DIR}/"
     )
 
 
 def _index_tars(
-    root: Path, tars: list[Path], options: IndexOptions, built_with: dict[str, Any], progress: Progress | None
+    place: Place,
+    tars: dict[str, tuple[int, str]],
+    options: IndexOptions,
+    built_with: dict[str, Any],
+    progress: Progress | None,
 ) -> list[_Part]:
+    root = place.root
     for folder in (INDEX_DIR, LEDGER_DIR):
         (root / folder).mkdir(exist_ok=True)
     fingerprint = hashlib.sha256(json.dumps(built_with).encode()).hexdigest()
@@ -166,22 +181,21 @@ def _index_tars(
     ]
     if strange:
         raise BadInputError(f"{strange[0]}: not a part of this index; move {INDEX_DIR}/ away and index anew")
-    splits = [_split_in_name(path.name) for path in tars]
-    total, done, rows = sum(path.stat().st_size for path in tars), 0, 0
-    maker = _Maker(root, options)
+    splits = [_split_in_name(name) for name in tars]
+    total, done, rows = sum(size for size, _ in tars.values()), 0, 0
+    maker = _Maker(place.out, options)
     parts = []
-    for number, path in enumerate(tars):
-        tag = {
-            "fingerprint": fingerprint,
-            "name": path.name,
-            "mtime_ns": path.stat().st_mtime_ns,
-            "row": rows,
-        }
+    for number, (name, (_, stamp)) in enumerate(tars.items()):
+        tag = {"fingerprint": fingerprint, "name": name, "stamp": stamp, "row": rows}
         part = _finished_part(index_part(root, "", number), tag)
         if part is None:
             split = splits[number] if all(splits) else None
-            part = _index_tar(root, number, path, tag, split, maker, options)
-            _log.info("%s: %d samples, %d failed", path, len(part.keys), part.rows - len(part.keys))
+            with place.copy_of(name) as path:
+                part = _index_tar(root, number, path, tag, split, maker, options)
+            place.send(_part_files(number))
+            _log.info(
+                "%s/%s: %d samples, %d failed", place.out, name, len(part.keys), part.rows - len(part.keys)
+            )
         parts.append(part)
         rows += part.rows
         done += part.shard.bytes
@@ -190,11 +204,15 @@ def _index_tars(
     return parts
 
 
+def _part_files(number: int) -> list[str]:
+    return [ledger_part(Path(), "", number).as_posix(), index_part(Path(), "", number).as_posix()]
+
+
 class _Maker:
     """From a sample's fields to its row; the templates are checked against the fields of the first sample."""
 
-    def __init__(self, root: Path, options: IndexOptions) -> None:
-        self._source, self._options = str(root), options
+    def __init__(self, source: str, options: IndexOptions) -> None:
+        self._source, self._options = source, options
         self._make: RowMaker | None = None
 
     def row(self, number: int, key: str, fields: dict[str, Any]) -> Row:
@@ -298,20 +316,24 @@ def _split_in_name(name: str) -> str | None:
     return words.pop() if len(words) == 1 else None
 
 
-def _finish(root: Path, parts: list[_Part], options: IndexOptions, built_with: dict[str, Any]) -> DatasetInfo:
+def _finish(
+    place: Place, parts: list[_Part], options: IndexOptions, built_with: dict[str, Any]
+) -> DatasetInfo:
+    root = place.root
     rows = sum(part.rows for part in parts)
     splits: Counter[str] = sum((part.samples for part in parts), Counter())
     if not splits or splits.total() < options.min_success * rows - 1e-9:
         reason = next(iter(reasons(root)), "the tars hold no samples")
         raise BadInputError(
-            f"{root}: only {splits.total()} of {rows} samples can be used (min_success "
+            f"{place.out}: only {splits.total()} of {rows} samples can be used (min_success "
             f"{options.min_success:g}); most often: {reason}; every sample's outcome is in "
-            f"{root / LEDGER_DIR}; mend them or lower min_success"
+            f"{place.out}/{LEDGER_DIR}; mend them or lower min_success"
         )
     keys = Counter(key for part in parts for key in part.keys)
     if len(keys) < splits.total():  # tars that each count from 0: told apart by the name of their tar
         for number, part in enumerate(parts):
             _prefix_keys(index_part(root, "", number), _prefix(part.shard.name))
+            place.send(_part_files(number))
     shards = tuple(part.shard for part in parts)
     content = [[shard.name, shard.sha256] for shard in shards]
     fingerprint = hashlib.sha256(json.dumps([content, built_with]).encode()).hexdigest()
@@ -319,8 +341,13 @@ def _finish(root: Path, parts: list[_Part], options: IndexOptions, built_with: d
         FORMAT_VERSION, splits.total(), dict(sorted(splits.items())), shards, "tars", built_with, fingerprint
     )
     write_atomically(root / DATASET_JSON, dataset_info_json(info))
+    place.send([DATASET_JSON])
     _log.info(
-        "%s: complete: %d samples %s, %d failed", root, info.num_samples, info.splits, rows - splits.total()
+        "%s: complete: %d samples %s, %d failed",
+        place.out,
+        info.num_samples,
+        info.splits,
+        rows - splits.total(),
     )
     return info
 

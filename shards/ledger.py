@@ -17,6 +17,8 @@ from typing import Any
 from shards.format import LEDGER_DIR
 from shards.prepare import Prepared
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
 
 def ledger_part(root: Path, prefix: str, number: int) -> Path:
     """Where the ledger of window `number` of a worker lies. prefix: that of the worker, see `window`."""
@@ -47,7 +49,7 @@ def ledger_line(item: Prepared, split: str | None, shard: str | None) -> str:
         "shard": shard,
         "images": images,
     }
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return _ENCODER.encode(entry) + "\n"
 
 
 def read_ledger(root: Path, pattern: str = "*.jsonl") -> Iterator[dict[str, Any]]:

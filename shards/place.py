@@ -76,6 +76,34 @@ class Place:
                 self.filesystem.rm_file(f"{self.base}/{name}")
         (self.root / name).unlink(missing_ok=True)
 
+    def files(self) -> dict[str, tuple[int, str]]:
+        """The files right in it: name -> (bytes, a stamp that changes when the content does)."""
+        if self.filesystem is None:
+            found = [path for path in self.root.iterdir() if path.is_file()]
+            return {path.name: (path.stat().st_size, str(path.stat().st_mtime_ns)) for path in found}
+        with self._store_errors():
+            self.filesystem.invalidate_cache()
+            try:
+                entries = self.filesystem.ls(self.base, detail=True)
+            except FileNotFoundError:
+                return {}
+            entries = [entry for entry in entries if entry["type"] == "file"]
+            return {entry["name"].rsplit("/", 1)[1]: (entry["size"], _stamp(entry)) for entry in entries}
+
+    @contextlib.contextmanager
+    def copy_of(self, name: str) -> Iterator[Path]:
+        """The file here; what is copied from a store for it is deleted again."""
+        path = self.root / name
+        if self.filesystem is None:
+            yield path
+            return
+        try:
+            with self._store_errors():
+                self.filesystem.get_file(f"{self.base}/{name}", str(path))
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
     def _names(self, folder: str) -> list[str]:
         found = self.filesystem.glob(f"{self.base}/{folder}/*")
         return [f"{folder}/{path.rsplit('/', 1)[1]}" for path in found]
@@ -90,6 +118,12 @@ class Place:
                 f"{self.out}: the store does not answer as it should ({line}); check its address and your "
                 "rights, then run again"
             ) from error
+
+
+def _stamp(entry: dict[str, Any]) -> str:
+    """Whatever a store says that changes with the content; "" where it says nothing."""
+    known = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+    return next((str(entry[name]) for name in known if entry.get(name)), "")
 
 
 @contextlib.contextmanager

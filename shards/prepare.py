@@ -21,6 +21,8 @@ from shards.options import BuildOptions
 from shards.rows import Image, Row
 from shards.tars import Member, TarSample
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -166,7 +168,7 @@ def index_row(
         "length": sample.length,
         "images": images,
         "messages": item.row.messages,
-        "meta": json.dumps(item.row.meta, ensure_ascii=False),
+        "meta": _ENCODER.encode(item.row.meta),
     }
 
 

@@ -93,7 +93,10 @@ class TarShard:
         self._file.abandon()
 
 
-_BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_BLANK = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+_BLANK[124:136] = bytes(12)
+_BLANK[148:156] = b" " * 8
+_BLANK_SUM = sum(_BLANK)
 
 
 def _header(name: str, size: int) -> bytes:
@@ -106,9 +109,8 @@ def _header(name: str, size: int) -> bytes:
         raise ValueError(f"member name {name!r} has more than 100 bytes")
     header = bytearray(_BLANK)
     header[: len(encoded)] = encoded
-    header[124:136] = b"%011o\0" % size
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
+    digits = header[124:135] = b"%011o" % size
+    header[148:156] = b"%06o\0 " % (_BLANK_SUM + sum(encoded) + sum(digits))
     return bytes(header)
 
 
@@ -207,10 +209,11 @@ class _HashedFile:
     def _flush(self) -> None:
         if len(self._pending) >= _AHEAD:
             self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, b"".join(self._waiting)))
+        self._pending.append(self._thread.submit(self._write, self._waiting))
         self._waiting, self._flushed = [], self._size
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, pieces: list[bytes]) -> None:
+        data = b"".join(pieces)
         rest = memoryview(data)
         while rest:
             rest = rest[self._file.write(rest) :]

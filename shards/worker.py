@@ -173,7 +173,8 @@ async def _write_windows(
                             added = item if seen is None else _without_duplicates(item, seen)
                             writer.add(added)
                             tally.add(added.outcome == "failed")
-                            _check_failures(root, work, options, writer, tally)
+                            if added.outcome == "failed":
+                                _check_failures(root, work, options, writer, tally)
                             progress()
                 if work.num_rows is not None and writer.window.rows != end - first:
                     raise BadInputError(
@@ -238,7 +239,7 @@ def _check_failures(
     if work.may_fail is None or tally.failed <= work.may_fail:
         return
     writer.write_ledger()
-    reason = next(iter(writer.reasons.most_common(1)), ("see the ledger", 0))[0]
+    reason = writer.reasons.most_common(1)[0][0]
     raise BadInputError(
         f"{work.name}: {tally.failed} of the first {tally.rows} rows failed and only {work.may_fail} of "
         f"{work.total(options.shard_samples)} may (min_success {options.min_success:g}); most often: "

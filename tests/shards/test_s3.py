@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pytest
 
 from phi3v_dist.data.reader import SampleReader
 from shards.build import BuildOptions, build, build_task, close_tasks, retry_failed, waits_for_close
-from shards.format import read_index
+from shards.format import BadInputError, read_index
+from shards.index import IndexOptions, build_index
 from shards.inspect import inspect
 from shards.page import make_page
 from shards.verify import verify
@@ -55,6 +57,38 @@ def test_a_build_killed_on_its_way_to_s3_ends_as_on_a_disk(
     row = read_index(url).to_pylist()[7]
     reader = SampleReader(url)
     assert reader.images(row) == [(Path(source).parent / f"{int(row['key'])}.jpg").read_bytes()]
+
+
+def test_tars_of_others_are_indexed_where_they_are(
+    s3: str, tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    from webdataset.writer import TarWriter
+
+    for name in ("a.tar", "b.tar"):  # both count from 0
+        with TarWriter(str(tmp_path / name)) as tar:
+            for number in range(4):
+                tar.write(
+                    {"__key__": f"{number:04d}", "jpg": picture(number + ord(name[0])), "txt": "a thing"}
+                )
+        fsspec.filesystem("s3").put_file(str(tmp_path / name), f"{s3}/tars/{name}")
+    chosen = IndexOptions(prompt="?", answer="{txt}", val_fraction=0.5)
+    work = str(tmp_path / "work")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(f"{s3}/tars", chosen, stop, work)
+    info = build_index(f"{s3}/tars", chosen, None, work)
+    assert build_index(f"{s3}/tars", chosen, None, work) == info and info.num_samples == 8
+    assert not list((tmp_path / "work").rglob("*.tar")) and verify(f"{s3}/tars", decode=1).faults == ()
+    rows = read_index(f"{s3}/tars").to_pylist()
+    assert [row["key"] for row in rows][::4] == ["a/0000", "b/0000"]
+    assert SampleReader(f"{s3}/tars").images(rows[5]) == [picture(1 + ord("b"))]
+    with pytest.raises(BadInputError, match="of an index with other options"):
+        build_index(f"{s3}/tars", IndexOptions(prompt="!", answer="{txt}"), None, work)
+    with pytest.raises(BadInputError, match="/nothing: no .tar files to index"):
+        build_index(f"{s3}/nothing", chosen, None, work)
 
 
 def test_tasks_and_rows_tried_again_on_s3(s3: str, tmp_path: Path, table: Callable[..., Path]) -> None:
