@@ -35,11 +35,14 @@ from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.data.reader import SampleReader
 from phi3v_dist.data.samples import Samples, keep_samples, open_samples, read_samples
 from phi3v_dist.data.tokens import Counter, sample_costs
+from phi3v_dist.processor.geometry import hd_grid, image_token_count
 from phi3v_dist.processor.prompt import encode
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from shards.build import BuildOptions, build
 
-NUM_CROPS, IMAGE_TOKENS, SEQ_LEN, WORKERS = 16, 1933, 16_384, 2
+NUM_CROPS, SEQ_LEN, WORKERS = 16, 16_384, 2
+GRID = hd_grid(1200, 900, NUM_CROPS)
+IMAGE_TOKENS = image_token_count(GRID.rows, GRID.cols)
 SPEED_BAR, READ_BAR = 2.5, 5.0
 
 
@@ -55,7 +58,7 @@ def dataset(folder: Path, samples: int, pictures: list[bytes]) -> Path:
         lines.append(f"images/{number:06d}.jpg,picture number {number} of many")
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
     options = BuildOptions(
-        ("image",), "What is it?", "{name}", decode=False, val_fraction=0.0, shard_samples=200
+        ("image",), "What is it?", "{name}", decode="none", val_fraction=0.0, shard_samples=200
     )
     build(str(folder / "table.csv"), str(folder / "shards"), options)
     return folder / "shards"
@@ -94,9 +97,7 @@ def packed(maker: RowMaker, plan: Plan) -> int:
 def throughput(folder: Path, samples: int, rounds: int) -> Comparison:
     root = dataset(folder, samples, [photo(1200, 900) for _ in range(4)])
     kept = opened(root)
-    train_tokenizer(
-        (m["content"] for r in kept.records(range(100)) for m in r["messages"]), folder / "t", 400
-    )
+    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r["messages"]), folder / "t", 400)
     tokenizer = load_tokenizer(folder / "t")
     maker = RowMaker(kept, tokenizer, NUM_CROPS, 336, tokenizer.pad_token_id)
     costs = sample_costs(kept, Counter(tokenizer, NUM_CROPS, 336))
@@ -127,7 +128,7 @@ def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
 
     def ours() -> int:
         reader = SampleReader(kept.roots, kept.shards)
-        return sum(len(reader.images(record)) for record in kept.records(order))
+        return sum(len(reader.images(record)) for record in kept.records(order, texts=False))
 
     def theirs() -> int:
         return sum(1 for _ in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
@@ -147,7 +148,7 @@ def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
 
 
 def _plain_tokenizer(folder: Path, kept: Samples) -> Any:
-    train_tokenizer((m["content"] for r in kept.records(range(50)) for m in r["messages"]), folder / "t", 400)
+    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r["messages"]), folder / "t", 400)
     return load_tokenizer(folder / "t")
 
 

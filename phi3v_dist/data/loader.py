@@ -144,7 +144,7 @@ class RowMaker:
         joined = np.concatenate(tiles) if tiles else np.empty((0, 3, self.tile, self.tile), np.uint8)
         return Document(text.input_ids, labels, joined, [(g.rows, g.cols) for g in grids]), fault, masked
 
-    def _tiles(self, data: bytes, image: dict[str, Any], grid: HDGrid) -> np.ndarray:
+    def _tiles(self, data: memoryview, image: dict[str, Any], grid: HDGrid) -> np.ndarray:
         picture = decode_image(data)
         if picture.size != (image["width"], image["height"]):
             raise BadInputError(

@@ -41,9 +41,10 @@ class Samples:
         self._table = table if file is None else None
         self._batches: list[pa.RecordBatch] | None = None
         self._starts: list[int] = []
+        self._columns: dict[int, _Columns] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batches": None, "_starts": []}
+        return {**self.__dict__, "_batches": None, "_starts": [], "_columns": {}}
 
     def __len__(self) -> int:
         return self._starts[-1] if self.batches() else 0
@@ -61,13 +62,16 @@ class Samples:
             self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches]).tolist()
         return self._batches
 
-    def records(self, numbers: Sequence[int] | np.ndarray) -> Iterator[dict[str, Any]]:
-        """The records with these numbers."""
+    def records(self, numbers: Sequence[int] | np.ndarray, texts: bool = True) -> Iterator[dict[str, Any]]:
+        """The records with these numbers. texts: with key and messages; where the pictures lie needs
+        neither.
+        """
         batches = self.batches()
         for number in numbers:
             place = bisect.bisect_right(self._starts, number) - 1
-            (record,) = batches[place].slice(int(number) - self._starts[place], 1).to_pylist()
-            yield record
+            if place not in self._columns:
+                self._columns[place] = _Columns(batches[place])
+            yield self._columns[place].record(int(number) - self._starts[place], texts)
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Samples:
         """These samples alone."""
@@ -91,6 +95,43 @@ class Samples:
     def _sources(self) -> np.ndarray:
         columns = [np.asarray(batch.column("source")) for batch in self.batches()]
         return np.concatenate([np.empty(0, np.int16), *columns])
+
+
+class _Columns:
+    """The columns of a batch, taken apart once: a record costs a fifth of what `to_pylist` takes."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._plain = {name: batch.column(name) for name in ("key", "shard")}
+        self._sources = np.asarray(batch.column("source"))
+        self._lists = {}
+        for name in ("images", "messages"):
+            column = batch.column(name)
+            fields = [column.type.value_type.field(i) for i in range(column.type.value_type.num_fields)]
+            values = {field.name: column.values.field(i) for i, field in enumerate(fields)}
+            ready = {
+                field.name: values[field.name]
+                if pa.types.is_string(field.type)
+                else np.asarray(values[field.name])
+                for field in fields
+            }
+            self._lists[name] = (np.asarray(column.offsets), ready)
+
+    def record(self, row: int, texts: bool) -> dict[str, Any]:
+        record: dict[str, Any] = {"source": int(self._sources[row])}
+        for name, column in self._plain.items():
+            if texts or name != "key":
+                record[name] = column[row].as_py()
+        for name, (offsets, fields) in self._lists.items():
+            if not texts and name == "messages":
+                continue
+            record[name] = [
+                {
+                    field: int(values[i]) if isinstance(values, np.ndarray) else values[i].as_py()
+                    for field, values in fields.items()
+                }
+                for i in range(offsets[row], offsets[row + 1])
+            ]
+        return record
 
 
 def read_samples(paths: Sequence[str], split: str, may_lack: bool = False) -> Samples:

@@ -22,7 +22,7 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of 
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in `data` as RGB, upright (EXIF orientation applied), transparency laid over white.
 
     16-bit grey is scaled to 8 bits, CMYK converted. Raises BadInputError if it cannot be decoded, is
