@@ -23,6 +23,7 @@ from shards.atomic import write_atomically
 RESULTS = ROOT / "docs/benchmarks"
 # Script -> arguments, and the seconds after which it is taken to hang.
 SCRIPTS: dict[str, tuple[list[str], int]] = {
+    "checkpoint": ([], 600),
     "image_processor": ([], 300),
     "loss_head": ([], 300),
     "packing": ([], 300),

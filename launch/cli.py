@@ -6,6 +6,7 @@ checkpoint, 4 training diverged or data unusable, others a crash.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from phi3v_dist.exits import (
     PREEMPTED,
     USAGE,
     DivergedError,
+    LostRankError,
     PreemptedError,
     record_exit,
 )
@@ -62,11 +64,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
         from phi3v_dist.rundir import log_to_files
         from phi3v_dist.train import train as train_run
 
-        with open_mesh(run.parallel.timeout_s, run.parallel.sp) as mesh:
+        with open_mesh(run.parallel.timeout_s, run.parallel.sp, run.run_dir / "logs") as mesh:
             log_to_files(run.run_dir, mesh.rank)
             try:
                 train_run(run, mesh)
-            except (BadInputError, PreemptedError, DivergedError):
+            except (BadInputError, PreemptedError, DivergedError, LostRankError):
                 raise
             except Exception:
                 logging.getLogger(__name__).exception("rank %d crashed", mesh.rank)
@@ -77,9 +79,14 @@ def train(config: Config, overrides: Overrides = None) -> None:
         code, reason = codes[type(error)], str(error)
         if is_main:
             print(f"phi3v: {reason}", file=sys.stderr)
+    except LostRankError as error:
+        reason = str(error)
+        logging.getLogger(__name__).error(reason)
+        print(f"phi3v: {reason}", file=sys.stderr)  # every survivor says who was lost
     finally:
         if is_main and run.run_dir.is_dir():
-            record_exit(run.run_dir, code, reason)
+            with contextlib.suppress(OSError):  # of a full disk; the launcher sees the process's own code
+                record_exit(run.run_dir, code, reason)
     if code:
         raise SystemExit(code)
 

@@ -38,12 +38,12 @@ def config_reference() -> str:
 
 
 def descriptions(model: type[BaseModel]) -> dict[str, str]:
-    """Field name -> its sentence in the class's docstring, "" where there is none."""
+    """Key -> its sentence in the class's docstring, "" where there is none."""
     text = " ".join((inspect.getdoc(model) or "").split())
-    names = "|".join(sorted(model.model_fields, key=len, reverse=True))
+    names = "|".join(sorted(_keys(model), key=len, reverse=True))
     found = list(re.finditer(rf"(?:(?<=^)|(?<=[.;] ))((?:{names})(?:, (?:{names}))*): ", text))
     ends = [*(match.start() for match in found[1:]), len(text)]
-    said = dict.fromkeys(model.model_fields, "")
+    said = dict.fromkeys(_keys(model), "")
     for match, end in zip(found, ends, strict=False):
         sentence = text[match.end() : end].strip().rstrip(";")
         for name in match[1].split(", "):
@@ -51,9 +51,13 @@ def descriptions(model: type[BaseModel]) -> dict[str, str]:
     return said
 
 
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
 def _section(title: str, model: type[BaseModel], prefix: str) -> str:
     text = " ".join((inspect.getdoc(model) or "").split())
-    first = re.split(rf"(?:(?<=^)|(?<=[.;] ))(?:{'|'.join(model.model_fields)})(?:, \w+)*: ", text)[0].strip()
+    first = re.split(rf"(?:(?<=^)|(?<=[.;] ))(?:{'|'.join(_keys(model))})(?:, \w+)*: ", text)[0].strip()
     lines = [
         f"## {title}",
         "",
@@ -71,7 +75,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         if inner is not None and not prefix:
             continue  # a section of its own
         key = f"{prefix}{field.alias or name}"
-        cells = (f"`{key}`", _type(field), _default(field), said[name])
+        cells = (f"`{key}`", _type(field), _default(field), said[field.alias or name])
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         if inner is not None:
             yield from _rows(inner, f"{key}.")

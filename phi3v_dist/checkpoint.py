@@ -1,14 +1,19 @@
 """Checkpoints: per-parameter slices that any number of ranks can read, complete or absent.
 
 A checkpoint `checkpoints/step-000123/` holds one safetensors file per rank (that rank's slices of the float32
-master weights, of Adam's moments and of the frozen weights), `meta.json` (progress, hyper-parameters, shapes,
-file sizes, the model's configuration), the tokenizer, and `COMPLETE`, written last; the directory gets its
-name only then. `latest` names the newest, `best` the one with the best evaluation.
+master weights, of Adam's moments and of the frozen weights), `meta.json` (progress, hyper-parameters and Adam
+steps of the groups, shapes, the model's configuration, the run's configuration and versions, the W&B run),
+the tokenizer, `manifest.json` with a sum of each, and `COMPLETE`, written last; the directory gets its name
+only then. `latest` names the newest, `best` the one with the best evaluation.
+
+Frozen weights are in it where they are fewer than those that learn; else (LoRA, a projector alone) they are
+read from the model directory again, and the checkpoint knows what they must be.
 
 DeepSpeed's own format does not load at another world size, and its universal one loses the parameter groups'
 hyper-parameters (0.19.8); hence this one. It reads ZeRO-3's internals, so DeepSpeed is pinned exactly.
 
-Called by the train loop (save, resume) and by evaluation and export (`read_tensors`).
+This file reads; `saving` writes. Called by the train loop (resume) and by evaluation and export
+(`read_tensors`).
 """
 
 from __future__ import annotations
@@ -17,35 +22,37 @@ import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from phi3v_dist.manifest import COMPLETE, MANIFEST, content_fault, shallow_fault
+from phi3v_dist.model.hub import checkpoint_files
 from phi3v_dist.parallel.mesh import Mesh
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
 META = "meta.json"
-COMPLETE = "COMPLETE"
 LATEST = "latest"
 BEST = "best"
-
-_FORMAT = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+FORMAT = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_DAMAGED = "damaged-"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. step: optimizer steps done; rows: packed rows of the plan consumed by them, all that
-    is needed to go on.
+    """How far a run is. step: optimizer steps taken or skipped; rows: packed rows of the plan consumed by
+    them, all that the data needs to go on. skipped_steps: those without an update, of them bad_streak the
+    last ones in a row.
     """
 
     step: int = 0
@@ -54,94 +61,102 @@ class Progress:
     tokens: int = 0
     images: int = 0
     bad_samples: int = 0
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What a checkpoint must know of its model. config: fields of Phi3VConfig. tokenizer_dir: its files are
-    copied.
-    """
-
-    config: dict[str, Any]
-    num_crops: int
-    tokenizer_dir: Path
+    skipped_steps: int = 0
+    bad_streak: int = 0
 
 
 def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(
-    engine: Any,
-    folder: Path,
-    progress: Progress,
-    card: ModelCard,
-    run: dict[str, Any],
-    mesh: Mesh,
-    keep_last: int,
-    is_best: bool = False,
-) -> Path:
-    """Writes FOLDER/step-N from all ranks together and returns its path; then removes all but the `keep_last`
-    newest and the best.
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that have a name, newest first; they may be damaged."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of, reverse=True)
 
-    is_best: `best` names it from then on. run: what else to keep (the resolved configuration, versions).
-    Raises BadInputError on every rank if any rank could not write; what was there before is untouched.
-    """
-    target = folder / checkpoint_name(progress.step)
-    partial = folder / f".{target.name}.partial"
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def publish() -> None:
-        _publish(engine, partial, target, progress, card, run, {n: s for n, s, _ in written})
-        if is_best:
-            point_at_best(target)
-        _remove_old(folder, keep_last)
-
-    mesh.on_main(lambda: _writing(target, prepare))
-    name = f"rank-{mesh.rank:05d}.safetensors"
-    size, fault = 0, None
-    try:
-        save_file(_slices(engine), partial / name)
-        with (partial / name).open("rb+") as stream:
-            os.fsync(stream.fileno())
-        size = (partial / name).stat().st_size
-    except (OSError, SafetensorError) as error:
-        fault = f"rank {mesh.rank}: {error}"
-    written = mesh.gather((name, size, fault))
-    faults = [each for _, _, each in written if each is not None]
-    if faults:
-        raise BadInputError(_cannot_write(target, faults[0]))
-    mesh.on_main(lambda: _writing(target, publish))
-    return target
+def step_of(target: Path) -> int:
+    return int(target.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, None if there is none. A damaged one is passed over,
-    aloud.
-    """
-    for target in sorted(folder.glob("step-*"), reverse=True):
-        fault = _fault(target)
+    """The newest whole checkpoint in `folder`, None if there is none. A damaged one is passed over, aloud."""
+    for target in checkpoints(folder):
+        fault = fault_of(target) or content_fault(target)
         if fault is None:
             return target
         _log.warning("%s: not used: %s; falling back to the one before", target, fault)
     return None
 
 
-def best(folder: Path) -> Path | None:
-    """The checkpoint that `point_at_best` named last, None if there is none or it is not whole."""
+def find_resume(folder: Path, mesh: Mesh) -> Path | None:
+    """The newest whole checkpoint, checked byte for byte by all ranks together; None if there is none.
+
+    Damaged ones are passed over, aloud, and renamed to damaged-step-N; those that were never finished too.
+    Raises BadInputError if there are only damaged ones: to start from the beginning is the user's decision.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for target in mesh.on_main(lambda: checkpoints(folder)):
+        fault = mesh.on_main(partial(_fault_or_refusal, target))
+        if fault is None:
+            faults = mesh.gather(content_fault(target, mesh.rank, mesh.size))
+            fault = next((each for each in faults if each is not None), None)
+        if fault is None:
+            mesh.on_main(partial(read_meta, target))
+            if damaged:
+                _log.warning("going on from %s instead", target)
+                mesh.on_main(lambda: _set_aside([path for path, _ in damaged]))
+            return Path(target)
+        _log.warning("%s: not used: %s", target, fault)
+        damaged.append((target, fault))
+    finished = [(path, fault) for path, fault in damaged if (path / COMPLETE).exists()]
+    if finished:
+        path, fault = finished[0]
+        raise BadInputError(
+            f"{path}: {fault}; no other checkpoint is whole. Restore one from a backup, or remove "
+            f"{folder} to "
+            "start from the beginning"
+        )
+    return None
+
+
+def fault_of(target: Path) -> str | None:
+    """Why `target` is no complete checkpoint, by names and sizes; None if it is one."""
+    if not target.is_dir():
+        return "no such checkpoint"
+    if not (target / COMPLETE).exists():
+        return f"incomplete (no {COMPLETE})"
+    if not (target / MANIFEST).exists() and _format(target) != FORMAT:
+        return None
+    return shallow_fault(target)
+
+
+def _fault_or_refusal(target: Path) -> str | None:
+    """`fault_of`, and BadInputError for a checkpoint of a format that has no manifest."""
+    fault = fault_of(target)
+    if fault is None and not (target / MANIFEST).exists():
+        read_meta(target)
+    return fault
+
+
+def pointed(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that `pointer` (LATEST, BEST) names, None if it names none that is there."""
     try:
-        target = folder / (folder / BEST).read_text().strip()
+        name = (folder / pointer).read_text().strip()
     except OSError:
         return None
-    return target if _fault(target) is None else None
+    return folder / name if name and (folder / name / COMPLETE).exists() else None
 
 
-def point_at_best(target: Path) -> None:
-    """Names `target` the best checkpoint of its folder; it is kept until another is better."""
-    write_atomically(target.parent / BEST, f"{target.name}\n".encode())
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the best evaluation, None if there is none or it is not whole."""
+    target = pointed(folder, BEST)
+    return target if target is not None and fault_of(target) is None else None
+
+
+def point(folder: Path, pointer: str, step: int) -> None:
+    """Makes `pointer` name the checkpoint of `step`, at once or not at all; it is kept while it is named."""
+    write_atomically(folder / pointer, f"{checkpoint_name(step)}\n".encode())
 
 
 def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
@@ -151,28 +166,28 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
     """
     meta = read_meta(target)
     optimizer = engine.optimizer.optimizer
+    numbers = engine.optimizer.sub_group_to_group_id
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
-        ours = {name: parameter.ds_numel for name, parameter in engine.module.named_parameters()}
-        theirs = {name: math.prod(entry["shape"]) for name, entry in meta["parameters"].items()}
-        if ours != theirs:
-            different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-            raise BadInputError(
-                f"{target}: of another model: {len(different)} parameters differ, the first is "
-                f"{different[0]} ({theirs.get(different[0])} elements there, {ours.get(different[0])} here)"
-            )
-        for name, parameter, flat, offset, count in _trainable(engine):
+        _check_model(engine, target, meta)
+        for name, parameter, flat, offset, count, group in trainable(engine):
             state = optimizer.state[flat]
-            for kind in _MOMENTS:
+            for kind in MOMENTS:
                 if kind not in state:
                     state[kind] = torch.zeros_like(flat.data)
                 reader.fill(f"{kind}/{name}", state[kind].narrow(0, offset, count), mesh.rank)
-            state["step"] = torch.tensor(float(meta["adam_steps"]))
+            state["step"] = torch.tensor(float(meta["adam_steps"][numbers[group]]))
             master = flat.data.narrow(0, offset, count)
             reader.fill(f"master/{name}", master, mesh.rank)
             parameter.ds_tensor.data.copy_(master)
-        for name, parameter in _frozen(engine):
-            reader.fill(f"frozen/{name}", parameter.ds_tensor.data.view(-1), mesh.rank)
+        if meta["frozen_sums"] is None:
+            for name, parameter in frozen(engine):
+                reader.fill(f"frozen/{name}", parameter.ds_tensor.data.view(-1), mesh.rank)
+        elif different := _first_difference(meta["frozen_sums"], frozen_sums(engine, mesh)):
+            raise BadInputError(
+                f"{target}: was trained on top of other frozen weights than {meta['model_dir']} holds now "
+                f"(the first that differs: {different}); restore that model directory"
+            )
     for group, stored in zip(optimizer.param_groups, meta["groups"], strict=True):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     persistent = engine.optimizer.persistent_parameters
@@ -184,57 +199,110 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
 
 def read_meta(target: Path) -> dict[str, Any]:
     """The content of meta.json. Raises BadInputError if `target` is no complete checkpoint of this format."""
-    fault = _fault(target)
+    fault = fault_of(target)
     if fault is not None:
         raise BadInputError(f"{target}: {fault}")
+    if (found := _format(target)) != FORMAT:
+        raise BadInputError(
+            f"{target}: checkpoint format {found}, this program reads format {FORMAT}; go on with the "
+            "version "
+            "of phi3v-dist that wrote it, or choose another name for the new run"
+        )
     meta: dict[str, Any] = json.loads((target / META).read_text())
-    if meta["format"] != _FORMAT:
-        raise BadInputError(f"{target}: checkpoint format {meta['format']}, this program reads {_FORMAT}")
     return meta
 
 
 def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every parameter whole: the float32 master weights, frozen ones in their own dtype. One at a
-    time.
+    """Yields every parameter whole, one at a time: the float32 master weights, frozen ones in their own
+    dtype.
+
+    Raises BadInputError if frozen weights lie in a model directory that is gone or has changed.
     """
     meta = read_meta(target)
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
+        base = _Base(target, meta, stack) if meta["frozen_sums"] is not None else None
         for name, entry in meta["parameters"].items():
-            kind = "frozen" if entry["frozen"] else "master"
-            yield name, reader.whole(f"{kind}/{name}", math.prod(entry["shape"])).view(entry["shape"])
+            if entry["frozen"] and base is not None:
+                yield name, base.tensor(name)
+            else:
+                kind = "frozen" if entry["frozen"] else "master"
+                yield name, reader.whole(f"{kind}/{name}", math.prod(entry["shape"])).view(entry["shape"])
 
 
-def _slices(engine: Any) -> dict[str, torch.Tensor]:
-    state = engine.optimizer.optimizer.state
-    out = {}
-    for name, _, flat, offset, count in _trainable(engine):
-        out[f"master/{name}"] = flat.data.narrow(0, offset, count).cpu().clone()
-        for kind in _MOMENTS:
-            moment = state[flat].get(kind)
-            part = torch.zeros(count) if moment is None else moment.narrow(0, offset, count).cpu().clone()
-            out[f"{kind}/{name}"] = part
-    for name, parameter in _frozen(engine):
-        out[f"frozen/{name}"] = parameter.ds_tensor.data.view(-1).cpu().clone()
-    return out
-
-
-def _trainable(engine: Any) -> Iterator[tuple[str, Any, torch.Tensor, int, int]]:
-    """(name, parameter, flat float32 partition, offset of its slice in it, elements of the slice) of each."""
+def trainable(engine: Any) -> Iterator[tuple[str, Any, torch.Tensor, int, int, int]]:
+    """(name, parameter, flat float32 partition, offset of its slice in it, elements of the slice, sub-group)
+    of each parameter that learns.
+    """
     zero = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     for number, group in enumerate(zero.fp16_groups):
         offset = 0
         for parameter in group:
             count = parameter.partition_numel()
-            yield names[parameter], parameter, zero.fp32_partitioned_groups_flat[number], offset, count
+            yield (
+                names[parameter],
+                parameter,
+                zero.fp32_partitioned_groups_flat[number],
+                offset,
+                count,
+                number,
+            )
             offset += count
 
 
-def _frozen(engine: Any) -> Iterator[tuple[str, Any]]:
+def frozen(engine: Any) -> Iterator[tuple[str, Any]]:
+    """(name, parameter) of each that does not learn."""
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             yield name, parameter
+
+
+def frozen_sums(engine: Any, mesh: Mesh) -> dict[str, int]:
+    """Of each frozen parameter, the sum of its elements read as integers, modulo 2^64: the same at any number
+    of ranks, and of any weights but the same ones most unlikely to be.
+    """
+    names, sums = [], []
+    for name, parameter in frozen(engine):
+        part = parameter.ds_tensor.data.view(-1)
+        count = min(
+            max(0, parameter.ds_numel - mesh.rank * part.numel()), part.numel()
+        )  # the rest is padding
+        names.append(name)
+        sums.append(_bit_sum(part[:count]))
+    if not names:
+        return {}
+    total = torch.stack(sums).to(mesh.device)
+    dist.all_reduce(total)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    return tensor.contiguous().view(kind).sum(dtype=torch.int64)
+
+
+def _first_difference(theirs: dict[str, int], ours: dict[str, int]) -> str | None:
+    return next((name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)), None)
+
+
+def _check_model(engine: Any, target: Path, meta: dict[str, Any]) -> None:
+    ours = {n: (tuple(p.ds_shape), not p.requires_grad) for n, p in engine.module.named_parameters()}
+    theirs = {n: (tuple(entry["shape"]), entry["frozen"]) for n, entry in meta["parameters"].items()}
+    if ours == theirs:
+        return
+    different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    first = different[0]
+    raise BadInputError(
+        f"{target}: of another model: {len(different)} parameters differ, the first is {first} "
+        f"({_described(theirs.get(first))} there, {_described(ours.get(first))} here)"
+    )
+
+
+def _described(entry: tuple[tuple[int, ...], bool] | None) -> str:
+    if entry is None:
+        return "absent"
+    return f"{'x'.join(map(str, entry[0]))}{', frozen' if entry[1] else ''}"
 
 
 class _Slices:
@@ -271,83 +339,53 @@ class _Slices:
         return torch.cat([file.get_tensor(key) for file in self._files])[:numel]
 
 
-def _publish(
-    engine: Any,
-    partial: Path,
-    target: Path,
-    progress: Progress,
-    card: ModelCard,
-    run: dict[str, Any],
-    files: dict[str, int],
-) -> None:
-    groups = [
-        {k: v for k, v in group.items() if isinstance(v, int | float | bool | str | list | tuple | None)}
-        for group in engine.optimizer.optimizer.param_groups
-    ]
-    steps = {float(state["step"]) for state in engine.optimizer.optimizer.state.values() if "step" in state}
-    if len(steps) > 1:
-        raise RuntimeError(f"Adam's step differs between parameters: {sorted(steps)}")
-    meta = {
-        "format": _FORMAT,
-        "progress": asdict(progress),
-        "adam_steps": max(steps, default=0.0),
-        "world_size": len(files),
-        "files": files,
-        "groups": [{k: v for k, v in group.items() if k != "params"} for group in groups],
-        "parameters": {
-            name: {"shape": list(p.ds_shape), "frozen": not p.requires_grad}
-            for name, p in engine.module.named_parameters()
-        },
-        "model_config": card.config,
-        "num_crops": card.num_crops,
-        "run": run,
-    }
-    for file in sorted(card.tokenizer_dir.glob("*token*.json")):
-        shutil.copyfile(file, partial / file.name)
-    write_atomically(partial / META, (json.dumps(meta, indent=1) + "\n").encode())
-    write_atomically(partial / COMPLETE, b"")
-    if target.exists():  # of an earlier attempt at this step that was found damaged
-        shutil.rmtree(target)
-    os.replace(partial, target)
-    write_atomically(target.parent / LATEST, f"{target.name}\n".encode())
+class _Base:
+    """The frozen weights that a checkpoint does not hold itself, from the model directory they came from."""
+
+    def __init__(self, target: Path, meta: dict[str, Any], stack: ExitStack) -> None:
+        self._target, self._meta = target, meta
+        self._where: dict[str, Any] = {}
+        try:
+            for file in checkpoint_files(Path(meta["model_dir"])):
+                opened = stack.enter_context(safe_open(file, "pt"))
+                self._where.update(dict.fromkeys(opened.keys(), opened))
+        except (BadInputError, SafetensorError, OSError) as error:
+            raise BadInputError(
+                f"{target}: holds only what was trained; its frozen weights are those of "
+                f"{meta['model_dir']}, "
+                f"which cannot be read ({error})"
+            ) from error
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter in the dtype it was trained with. name: also as PEFT wraps it."""
+        official = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if official not in self._where:
+            raise BadInputError(f"{self._target}: {self._meta['model_dir']} has no tensor {official}")
+        dtype = getattr(torch, self._meta["frozen_dtype"])
+        found: torch.Tensor = self._where[official].get_tensor(official).to(dtype)
+        if int(_bit_sum(found.view(-1))) != self._meta["frozen_sums"][name]:
+            raise BadInputError(
+                f"{self._target}: {official} in {self._meta['model_dir']} is not what the run was "
+                "trained on; "
+                "restore that model directory"
+            )
+        return found
 
 
-def _remove_old(folder: Path, keep_last: int) -> None:
-    kept = best(folder)
-    for old in sorted(folder.glob("step-*"), reverse=True)[keep_last:]:
-        if old == kept:
-            continue
-        # Its name goes first, so that a half-deleted one is never taken for a checkpoint.
-        doomed = old.with_name(f".{old.name}.partial")
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
-    for left in folder.glob(".step-*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _fault(target: Path) -> str | None:
-    """Why `target` is no complete checkpoint; None if it is one."""
-    if not target.is_dir():
-        return "no such checkpoint"
-    if not (target / COMPLETE).exists():
-        return f"incomplete (no {COMPLETE})"
+def _format(target: Path) -> Any:
+    """The format number in meta.json; FORMAT where it cannot be read, so that the manifest says what is
+    wrong.
+    """
     try:
-        meta = json.loads((target / META).read_text())
-        for name, size in meta["files"].items():
-            found = (target / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, {size} were written"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"damaged ({error})"
-    return None
+        return json.loads((target / META).read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return FORMAT
 
 
-def _writing(target: Path, work: Callable[[], None]) -> None:
-    try:
-        work()
-    except OSError as error:
-        raise BadInputError(_cannot_write(target, str(error))) from error
-
-
-def _cannot_write(target: Path, fault: str) -> str:
-    return f"{target}: cannot be written ({fault}); make room, earlier checkpoints are intact"
+def _set_aside(damaged: list[Path]) -> None:
+    """Renames checkpoints that are not used, so that they do not count as the newest ones any more."""
+    for path in damaged:
+        try:
+            os.replace(path, path.with_name(f"{_DAMAGED}{path.name}"))
+        except OSError as error:
+            _log.warning("%s: cannot be set aside (%s); remove it", path, error)

@@ -28,7 +28,7 @@ Group = Literal["vision", "projector", "decoder"]
 class Section(BaseModel):
     """A node of the tree: frozen, no keys but its own, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
 
 
 class ModelConfig(Section):
@@ -133,6 +133,8 @@ class TrainConfig(Section):
     ranks and accumulation steps; a rank accumulates global_batch / (data-parallel ranks) of them, so the
     curve does not depend on the number of ranks. lr_scale: factor on lr per group. The schedule is linear
     warm-up, then cosine down to min_lr_ratio * lr. grad_clip: largest global norm, 0 for none.
+    max_bad_steps: steps in a row without a finite loss or gradient norm, which are skipped, before the run
+    stops with exit code 4.
     """
 
     steps: int | None = Field(None, ge=1)
@@ -146,6 +148,7 @@ class TrainConfig(Section):
     betas: list[float] = [0.9, 0.95]
     eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(1.0, ge=0)
+    max_bad_steps: int = Field(5, ge=1)
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainConfig:
@@ -195,12 +198,19 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """every_steps: optimizer steps between checkpoints; the last step always has one. keep_last: newest
-    kept.
+    """every_steps: optimizer steps between checkpoints; the last step always has one. keep_last: newest kept,
+    beside the best one. keep_every: checkpoints of every so many steps are kept as well, 0 for none. async:
+    the run goes on while a copy in host memory is written, as large as the rank's share of weights and
+    optimizer state; else it waits. timeout_s: seconds after which a save has failed. max_failures: saves in a
+    row that may fail (no room, no permission, too slow) before the run stops.
     """
 
     every_steps: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
+    async_: bool = Field(False, alias="async")
+    timeout_s: float = Field(1800.0, gt=0)
+    max_failures: int = Field(3, ge=1)
 
 
 class EvalConfig(Section):
@@ -315,14 +325,15 @@ def config_json(config: RunConfig) -> str:
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two dumped trees, sorted."""
-    flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
+    flat_before, flat_after = dict(flatten(before)), dict(flatten(after))
     return sorted(key for key in {*flat_before, *flat_after} if flat_before.get(key) != flat_after.get(key))
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a dumped tree."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -362,4 +373,4 @@ def _keys_at(path: Sequence[str]) -> list[str]:
         if not inner:
             return []
         section = inner[0]
-    return sorted(section.model_fields)
+    return sorted(field.alias or name for name, field in section.model_fields.items())

@@ -15,7 +15,7 @@ from shards.atomic import write_atomically
 
 DONE = 0
 CRASHED = 1
-USAGE = 2  # bad config or usage: one line says what and how to mend it
+USAGE = 2  # bad config or usage, or storage that fails: one line says what and how to mend it
 PREEMPTED = 3  # stopped by a signal after a checkpoint: requeue me
 DIVERGED = 4  # training diverged, or the data is unusable
 
@@ -28,6 +28,12 @@ class DivergedError(RuntimeError):
 
 class PreemptedError(RuntimeError):
     """Stopped by a signal, with a checkpoint written: the same command goes on from it."""
+
+
+class LostRankError(RuntimeError):
+    """A peer died or does not answer; its message names it. Running again goes on from the last
+    checkpoint.
+    """
 
 
 def record_exit(run_dir: Path, code: int, reason: str) -> None:

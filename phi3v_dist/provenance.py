@@ -32,13 +32,18 @@ def provenance(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
         "config_digest": hashlib.sha256(config_json(config).encode()).hexdigest()[:16],
         "data_fingerprint": data_fingerprint,
         "git": git_state(),
-        "versions": {
-            "phi3v-dist": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "deepspeed")},
-        },
+        "versions": versions(),
         "job": {name: os.environ[name] for name in _JOB if name in os.environ},
         "host": socket.gethostname(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this program and of what decides its numbers."""
+    return {
+        "phi3v-dist": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "deepspeed")},
     }
 
 

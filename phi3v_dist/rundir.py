@@ -5,15 +5,20 @@ In: the configuration. Out: a directory that belongs to this run alone. Called b
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import logging
+import os
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from phi3v_dist.checkpoint import newest, read_meta
-from phi3v_dist.config import RunConfig, changed_keys, config_json
+from phi3v_dist.checkpoint import read_meta
+from phi3v_dist.config import RunConfig, changed_keys, config_json, flatten
+from phi3v_dist.wandb_run import RUN_ID
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
@@ -39,37 +44,99 @@ _MAY_CHANGE_ALOUD = ("train.steps", "train.epochs", "model.gradient_checkpointin
 _log = logging.getLogger(__name__)
 
 
-def open_run_dir(config: RunConfig, data_fingerprint: str) -> Path | None:
-    """Makes the run directory of `config` this run's; returns the checkpoint to go on from, if there is one.
+class RunLock:
+    """RUN/.lock: one job at a time trains in a run directory; the system lets go of it when its holder dies.
 
-    Raises BadInputError if it holds a run of another configuration or other data, naming what differs.
+    For the main rank alone. Ranks of a killed launcher finish their step and save before they end, so a start
+    right after waits for them.
     """
-    run_dir = config.run_dir
-    record = run_dir / CONFIG
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / ".lock"
+        self._descriptor: int | None = None
+
+    def take(self, wait_s: float) -> None:
+        """Raises BadInputError if another process still holds the directory after `wait_s` seconds."""
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+        until, said = time.monotonic() + wait_s, False
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    _log.warning(
+                        "%s: this file system has no locks (%s); do not start a run twice", self._file, error
+                    )
+                    break
+            holder = self._file.read_text().strip() or "another process"
+            if time.monotonic() > until:
+                os.close(descriptor)
+                raise BadInputError(
+                    f"{self._file.parent}: {holder} trains here; wait for it or end it, or choose "
+                    "another name"
+                )
+            if not said:
+                _log.warning("%s: waiting for %s, which still trains here", self._file.parent, holder)
+                said = True
+            time.sleep(0.5)
+        self._descriptor = descriptor
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Raises BadInputError if it cannot be written."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint = newest(run_dir / CHECKPOINTS)
-        if checkpoint is not None:
-            _check_same(run_dir, config, data_fingerprint, read_meta(checkpoint)["run"])
-        write_atomically(record, config_json(config).encode())
+        (run_dir / "logs").mkdir(exist_ok=True)
     except OSError as error:
-        raise BadInputError(
-            f"{run_dir}: cannot write ({error.strerror or error}); choose another runs_dir"
-        ) from error
-    return checkpoint
+        raise _not_writable(run_dir, error) from error
+
+
+def open_run_dir(config: RunConfig, data_fingerprint: str, checkpoint: Path | None) -> None:
+    """Makes the run directory of `config` this run's, which goes on from `checkpoint` if there is one.
+
+    Raises BadInputError if that is of another configuration or other data, naming what differs and what may.
+    """
+    run_dir = config.run_dir
+    try:
+        if checkpoint is not None:
+            meta = read_meta(checkpoint)
+            _check_same(run_dir, config, data_fingerprint, meta["run"])
+            if meta["wandb_id"] and not (run_dir / RUN_ID).exists():
+                write_atomically(run_dir / RUN_ID, meta["wandb_id"].encode())
+        write_atomically(run_dir / CONFIG, config_json(config).encode())
+    except OSError as error:
+        raise _not_writable(run_dir, error) from error
+
+
+def _not_writable(run_dir: Path, error: OSError) -> BadInputError:
+    return BadInputError(f"{run_dir}: cannot write ({error.strerror or error}); choose another runs_dir")
 
 
 def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before: dict[str, Any]) -> None:
-    changed = changed_keys(before["config"], config.model_dump(mode="json"))
-    if "data.sources" in changed and _weights(before["config"]) == _weights(config.model_dump(mode="json")):
+    old, new = _with_defaults(before["config"]), config.model_dump(mode="json")
+    changed = changed_keys(old, new)
+    if "data.sources" in changed and _weights(old) == _weights(new):
         changed.remove("data.sources")  # as for data.path
     refused = [key for key in changed if not key.startswith((*_MAY_CHANGE, *_MAY_CHANGE_ALOUD))]
+    was, now = dict(flatten(old)), dict(flatten(new))
     if refused:
-        old = OmegaConf.select(OmegaConf.create(before["config"]), refused[0])
-        new = OmegaConf.select(OmegaConf.create(config.model_dump(mode="json")), refused[0])
+        differences = "; ".join(f"{key} was {was.get(key)}, now {now.get(key)}" for key in refused[:8])
+        allowed = ", ".join(
+            f"{key}*" if key.endswith(".") else key for key in (*_MAY_CHANGE_ALOUD, *_MAY_CHANGE)
+        )
         raise BadInputError(
-            f"{run_dir}: holds a run with another {', '.join(refused)} ({refused[0]} was {old}, now {new}); "
-            "set it back, or choose another name for the new run"
+            f"{run_dir}: holds a run with another {', '.join(refused)} ({differences}); set it back, or "
+            "choose "
+            f"another name for the new run (what may change: {allowed})"
         )
     if before["data_fingerprint"] != data_fingerprint:
         raise BadInputError(
@@ -78,7 +145,11 @@ def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before:
         )
     for key in changed:
         if key.startswith(_MAY_CHANGE_ALOUD):
-            _log.warning("%s: goes on with another %s", run_dir, key)
+            _log.warning(
+                "%s: goes on with another %s: was %s, now %s", run_dir, key, was.get(key), now.get(key)
+            )
+        else:
+            _log.info("%s: %s was %s, now %s", run_dir, key, was.get(key), now.get(key))
 
 
 def _weights(config: dict[str, Any]) -> list[float | None] | None:
@@ -86,9 +157,17 @@ def _weights(config: dict[str, Any]) -> list[float | None] | None:
     return None if sources is None else [source["weight"] for source in sources]
 
 
+def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A dumped tree, with the defaults of keys that its version did not know yet."""
+    try:
+        return RunConfig.model_validate(tree).model_dump(mode="json")
+    except ValueError:
+        return tree
+
+
 def log_to_files(run_dir: Path, rank: int) -> None:
     """Sends this process's log to RUN/logs/rank-N.log, and the main rank's to the standard output as well."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    make_run_dir(run_dir)
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log")]

@@ -13,24 +13,24 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from phi3v_dist import checkpoint
-from phi3v_dist.checkpoint import ModelCard, Progress
+from phi3v_dist.checkpoint import Progress
 from phi3v_dist.config import RunConfig
+from phi3v_dist.data.feed import FedRow, Feed
 from phi3v_dist.data.loader import LoadedRow, RowCounts, load_rows
 from phi3v_dist.data.plan import RankRows, StepRows
-from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
+from phi3v_dist.data.prepare import PreparedData, prepare_data
 from phi3v_dist.data.quarantine import Quarantine
-from phi3v_dist.exits import DivergedError, PreemptedError
+from phi3v_dist.exits import PreemptedError
 from phi3v_dist.flops import Flops, peak_tflops, row_flops, shape_of, utilisation
 from phi3v_dist.limits import check_limits, check_offload_path
 from phi3v_dist.model.hub import build_model, load_weights
@@ -38,26 +38,47 @@ from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
 from phi3v_dist.optim import freeze, group_rates, learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.origin import Origin, model_config_of, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.parallel.pulse import Pulse
 from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
+from phi3v_dist.preflight import check_room, check_same_everywhere, fingerprint_here
 from phi3v_dist.provenance import provenance
-from phi3v_dist.rundir import CHECKPOINTS, DATA, open_run_dir
+from phi3v_dist.rundir import CHECKPOINTS, DATA, RunLock, open_run_dir
+from phi3v_dist.saving import ModelCard, Saver
+from phi3v_dist.stability import Stability
+from phi3v_dist.stop import STOP, Stop
 from phi3v_dist.track import Tracker, host_memory
 from phi3v_dist.validation import BestSoFar, Validation
+from phi3v_dist.wandb_run import RUN_ID
 from shards.format import BadInputError
 
+LOCK_WAIT_S = 180.0
+"""Seconds that a start waits for the ranks of a killed launcher, which still save."""
 _log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, mesh: Mesh) -> Progress:
-    """Trains until the run is done; goes on from the newest complete checkpoint if there is one.
+    """Trains until the run is done; goes on from the newest whole checkpoint if there is one.
 
     Raises BadInputError for what the user can mend, PreemptedError after a signal (with a checkpoint
-    written), DivergedError for a loss that is not finite or unusable data.
+    written), DivergedError for numbers that are not finite again and again or unusable data, LostRankError
+    when a peer is gone.
     """
-    stop = StopSignal()
+    stop = Stop(config.run_dir / STOP if mesh.local_rank == 0 else None)
+    lock = RunLock(config.run_dir)
+    with Pulse(mesh, config.run_dir / "logs") as pulse:
+        mesh.on_main(lambda: lock.take(min(LOCK_WAIT_S, mesh.timeout_s / 2)))
+        try:
+            return _train(config, mesh, stop, pulse)
+        finally:
+            lock.release()
+
+
+def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     run_dir = config.run_dir
-    fingerprint = mesh.on_main(lambda: data_fingerprint(config))
-    resume = mesh.on_main(lambda: open_run_dir(config, fingerprint))
+    fingerprint = fingerprint_here(config, mesh)
+    check_same_everywhere(config, fingerprint, mesh)
+    resume = checkpoint.find_resume(run_dir / CHECKPOINTS, mesh)
+    mesh.on_main(lambda: open_run_dir(config, fingerprint, resume))
 
     gpu_bytes = torch.cuda.mem_get_info()[1] if mesh.device.type == "cuda" else None
     check_offload_path(config)
@@ -72,6 +93,8 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
     if resume is not None and progress.step >= steps:
         _log.info("%s: already finished at step %d; nothing to do", run_dir, progress.step)
         return progress
+    mesh.on_main(lambda: check_room(config, origin.model_config, run_dir, resume is not None))
+    _leave_if_asked(stop, mesh)
 
     prepare_deepspeed(mesh)
     engine = _make_engine(config, origin, accumulation, mesh)
@@ -79,9 +102,15 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         progress = checkpoint.load(engine, resume, mesh)
         _log.info("going on from %s", resume)
     validation = Validation(config, origin, engine, mesh)
-    card = ModelCard(origin.model_config.to_dict(), config.data.num_crops, origin.tokenizer_dir)
+    card = ModelCard(
+        origin.model_config.to_dict(), config.data.num_crops, origin.model_dir, origin.tokenizer_dir
+    )
     about = _about(config, fingerprint, mesh, engine)
     tracker = Tracker(config, run_dir, progress.step, about) if mesh.is_main else None
+    saver = Saver(
+        engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, progress.step
+    )
+    stability = Stability(run_dir / "logs", mesh.rank, config.train.max_bad_steps)
     best = BestSoFar(config)
 
     _log.info(
@@ -114,26 +143,32 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
     def work(loaded: LoadedRow) -> Flops:
         return row_flops(config, origin.model_config, shape_of(loaded.row, loaded.tokens))
 
+    feed = Feed(rows, data.maker, plan, config.views_per_call, mesh, stop)
     exit_code = 1
     try:
+        _leave_if_asked(stop, mesh)
         while progress.step < steps:
             step_rows = plan.step(progress.rows, end_row)
             rate = learning_rate(progress.step, steps, config.train)
             torch.manual_seed(config.seed + 1_000_003 * progress.step + mesh.rank)  # dropout, if there is any
+            before = progress.step
             progress, stopping = _step(
-                engine, rows, accumulation, step_rows, rate, progress, stop, window, quarantine, mesh, work
-            )
-            done = progress.step == steps
+                engine, feed, accumulation, step_rows, rate, progress, window, quarantine, saver, stability,
+                pulse, stop, mesh, work,
+            )  # fmt: skip
+            stepped, done = progress.step > before, progress.step == steps
 
             validating = done or (config.eval.every_steps and progress.step % config.eval.every_steps == 0)
             saving = done or stopping or progress.step % config.checkpoint.every_steps == 0
             metrics: dict[str, float | int | None] = {}
             # Windows end where checkpoints are, so that a run that was interrupted has the same lines.
-            if done or saving or progress.step % config.track.log_every == 0:
+            if stepped and (saving or progress.step % config.track.log_every == 0):
                 metrics = window.metrics(engine, rate, step_rows.epoch, progress, config.data.seq_len, mesh)
+                metrics["train/loss_spikes"] = stability.spikes
                 _log.info(_line(progress.step, steps, metrics))
                 window = Window(peak_tflops=peak)
-            if validating:
+            if stepped and validating:
+                pulse.at(progress.step, "evaluation")
                 began = time.perf_counter()
                 scores = validation.run(progress.step)
                 window.exclude(time.perf_counter() - began)
@@ -147,96 +182,117 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
             # The line comes before the checkpoint: whoever goes on from it finds all lines up to it.
             if tracker is not None and metrics:
                 tracker.log(progress.step, metrics)
-            if saving or is_best:
+            if done or stopping:
+                pulse.at(progress.step, "last save")
+                fault = saver.save_surely(progress, best.note(progress.step, metrics) if is_best else None)
+            elif saving or is_best:
+                pulse.at(progress.step, "save")
                 began = time.perf_counter()
-                saved = checkpoint.save(
-                    engine,
-                    run_dir / CHECKPOINTS,
-                    progress,
-                    card,
-                    about,
-                    mesh,
-                    config.checkpoint.keep_last,
-                    is_best,
-                )
-                if is_best:
-                    best.record(progress.step, metrics, mesh)
+                saver.save(progress, best.note(progress.step, metrics) if is_best else None)
                 window.saved_in = time.perf_counter() - began
                 window.exclude(window.saved_in)
-                _log.info("step %d  saved %s in %.1f s", progress.step, saved, window.saved_in)
             if stopping and not done:
                 if tracker is not None:
                     tracker.preempting()
-                raise PreemptedError(
-                    f"stopped by a signal after step {progress.step} of {steps}, checkpoint written; "
-                    "the same command goes on from there"
+                stop.forget_file()
+                last = checkpoint.pointed(run_dir / CHECKPOINTS, checkpoint.LATEST)
+                raise PreemptedError(_stopped_line(progress, steps, fault, last))
+            if done and fault is not None:
+                raise BadInputError(
+                    f"{run_dir}: all steps are done, but the last checkpoint could not be written "
+                    f"({fault}); make "
+                    "room, then the same command goes on from the one before"
                 )
+        stop.forget_file()
         exit_code = 0
         return progress
+    except Exception as error:
+        if (lost := pulse.lost(error)) is not None:
+            raise lost from error
+        raise
     finally:
         rows.close()
         if tracker is not None:
             tracker.close(exit_code)
         del validation
         engine.destroy()  # without it 3 of 48 CPU runs aborted at exit (DeepSpeed 0.19.8)
-        del engine
+        del engine, saver
         gc.collect()
 
 
 def _step(
     engine: Any,
-    rows: Any,
+    feed: Feed,
     accumulation: int,
     step_rows: StepRows,
     rate: float,
     progress: Progress,
-    stop: StopSignal,
     window: Window,
     quarantine: Quarantine,
+    saver: Saver,
+    stability: Stability,
+    pulse: Pulse,
+    stop: Stop,
     mesh: Mesh,
     work: Callable[[LoadedRow], Flops],
 ) -> tuple[Progress, bool]:
-    """One optimizer step. Returns the progress after it, and whether any rank has been told to stop."""
+    """One optimizer step. Returns the progress after it, and whether any rank has been told to stop.
+
+    A step whose loss or gradient norm is not finite changes nothing but the progress; one that was broken off
+    because data did not come any more not even that.
+    """
     began = time.perf_counter()
     # DeepSpeed divides gradients by ranks and micro-steps; so they become those of the mean over all targets.
     # With sequence parallelism a rank's loss is that of its slice of the row.
-    scale = mesh.size * accumulation / max(1, step_rows.targets)
-    nll = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    counts, flops = RowCounts(), Flops(0.0, 0.0)
-    bad: list[str] = []
+    scale = torch.tensor(mesh.size * accumulation / max(1, step_rows.targets), device=mesh.device)
+    losses: list[torch.Tensor] = []
+    fed: list[FedRow] = []
     waited = 0.0
     for micro in range(accumulation):
         asked = time.perf_counter()
-        loaded: LoadedRow = next(rows)
+        pulse.at(progress.step, "waiting for data")
+        fed.append(feed.next(step_rows, micro))
         waited += time.perf_counter() - asked
-        if mesh.sp_rank == 0:  # once for each row
-            counts, flops = counts + RowCounts.of(loaded), flops + work(loaded)
-            bad += loaded.bad
-        loss = engine(row=loaded.row.to(mesh.device, non_blocking=True))
-        nll += loss.detach()
-        engine.backward(loss * scale)
+        pulse.at(progress.step, "forward and backward")
+        loss = engine(row=fed[-1].loaded.row.to(mesh.device, non_blocking=True))
+        losses.append(loss.detach())
+        # Gradients that are not numbers on one rank are so on all of them, and DeepSpeed then takes no step.
+        is_good = torch.isfinite(losses[-1]) & fed[-1].is_real
+        engine.backward(loss * torch.where(is_good, scale, math.nan))
         if micro < accumulation - 1:
             engine.step()
-    quarantine.note(progress.step, bad)
+    pulse.at(progress.step, "end of the step")
+    loaded = [each.loaded for each in fed if each.is_real]
+    mine = loaded if mesh.sp_rank == 0 else []  # once for each row
+    counts, flops = sum(map(RowCounts.of, mine), RowCounts()), sum(map(work, mine), Flops(0.0, 0.0))
+    quarantine.note(progress.step, [reason for each in mine for reason in each.bad])
 
     # One small all-reduce a step: the loss, the counts, and whether anybody has been told to stop.
-    total_nll, stopping, model_flops, hardware_flops, *summed = mesh.sum(
-        [float(nll), float(stop.asked), flops.model, flops.hardware, *astuple(counts)]
-    )
+    nll = float(torch.stack(losses).double().sum())
+    broken_off = len(loaded) < accumulation
+    total_nll, stopping, broken, failures, model_flops, hardware_flops, *summed = mesh.sum(
+        [nll, float(stop.asked), float(broken_off), saver.failures, flops.model, flops.hardware,
+         *astuple(counts)]
+    )  # fmt: skip
     counts = RowCounts(*map(int, summed))
     quarantine.check(progress.bad_samples + counts.bad, progress.samples + counts.samples, mesh)
-    if not math.isfinite(total_nll):
-        raise DivergedError(
-            f"step {progress.step}: the loss is {total_nll}; the last checkpoint is good; lower train.lr or "
-            "look at the rows of this step"
-        )
     set_learning_rate(engine.optimizer.param_groups, rate)
     engine.step()
     norm = float(engine.get_global_grad_norm() or 0.0)
-    if not math.isfinite(norm):
-        raise DivergedError(
-            f"step {progress.step}: the gradient norm is {norm}; the last checkpoint is good; lower train.lr"
-        )
+    saver.agree(int(failures))
+    if broken:
+        _log.warning("step %d: broken off, data did not come; the next start takes it again", progress.step)
+        return progress, True
+    is_good_step = math.isfinite(total_nll) and math.isfinite(norm)
+    if engine.was_step_applied() != is_good_step:
+        raise RuntimeError(f"step {progress.step}: loss {total_nll}, norm {norm}, and DeepSpeed disagrees")
+    targets = step_rows.targets - counts.masked
+    streak = 0 if is_good_step else progress.bad_streak + 1
+    stability.look_at(
+        progress.step, total_nll / max(1, targets), norm, streak,
+        [(each.loaded, loss, partial(feed.keys, step_rows, micro))
+         for micro, (each, loss) in enumerate(zip(fed, losses, strict=True))],
+    )  # fmt: skip
     progress = replace(
         progress,
         step=progress.step + 1,
@@ -245,25 +301,34 @@ def _step(
         tokens=progress.tokens + counts.tokens,
         images=progress.images + counts.pictures,
         bad_samples=progress.bad_samples + counts.bad,
+        skipped_steps=progress.skipped_steps + (streak > 0),
+        bad_streak=streak,
     )
-    targets = step_rows.targets - counts.masked
-    window.add(total_nll, targets, counts, step_rows.taken, norm, waited, time.perf_counter() - began)
-    window.flops += Flops(model_flops, hardware_flops)
+    spent = time.perf_counter() - began
+    if is_good_step:
+        window.add(total_nll, targets, counts, step_rows.taken, norm, waited, spent)
+        window.flops += Flops(model_flops, hardware_flops)
+    else:
+        window.exclude(spent)
     return progress, stopping > 0
 
 
-class StopSignal:
-    """Remembers SIGUSR1, SIGTERM or SIGINT; the loop asks at the end of each step. A second one changes
-    nothing.
-    """
+def _leave_if_asked(stop: Stop, mesh: Mesh) -> None:
+    """Raises PreemptedError on all ranks if one has been told to stop before the first step."""
+    if mesh.sum([float(stop.asked)])[0]:
+        stop.forget_file()
+        raise PreemptedError("stopped before the first step; the same command goes on where the run was")
 
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+def _stopped_line(progress: Progress, steps: int, fault: str | None, last: Path | None) -> str:
+    if fault is None:
+        how = "checkpoint written; the same command goes on from there"
+    else:
+        how = (
+            f"its checkpoint could NOT be written ({fault}); the same command goes on from "
+            f"{last or 'the beginning'}"
+        )
+    return f"stopped by a signal after step {progress.step} of {steps}, {how}"
 
 
 @dataclass
@@ -276,6 +341,7 @@ class Window:
     rows: int = 0
     steps: int = 0
     grad_norm: float = 0.0
+    grad_norm_max: float = 0.0
     waited: float = 0.0
     busy: float = 0.0
     excluded: float = 0.0
@@ -296,6 +362,7 @@ class Window:
         self.nll, self.targets = self.nll + nll, self.targets + targets
         self.counts, self.rows = self.counts + counts, self.rows + rows
         self.steps, self.grad_norm = self.steps + 1, grad_norm
+        self.grad_norm_max = max(self.grad_norm_max, grad_norm)
         self.waited, self.busy = self.waited + waited, self.busy + busy
 
     def exclude(self, seconds: float) -> None:
@@ -306,20 +373,22 @@ class Window:
         self, engine: Any, rate: float, epoch: int, progress: Progress, seq_len: int, mesh: Mesh
     ) -> dict[str, float | int | None]:
         """The metrics of these steps; grad_norm of the last one."""
-        speed = self.counts.tokens / self.busy
+        speed = self.counts.tokens / max(1e-9, self.busy)
         metrics: dict[str, float | int | None] = {
-            "train/loss": self.nll / max(1, self.targets),
+            "train/loss": self.nll / max(1, self.targets) if self.steps else None,
             "train/learning_rate": rate,
             **{f"train/learning_rate/{name}": each for name, each in group_rates(engine).items()},
-            "train/grad_norm": self.grad_norm,
+            "train/grad_norm": self.grad_norm if self.steps else None,
+            "train/grad_norm_max": self.grad_norm_max if self.steps else None,
+            "train/skipped_steps": progress.skipped_steps,
             "train/epoch": epoch,
             "train/tokens_seen": progress.tokens,
             "train/images_seen": progress.images,
             "perf/tokens_per_second": speed,
             "perf/tokens_per_second_per_gpu": speed / mesh.size,
-            **utilisation(self.flops, self.busy, mesh.size, self.peak_tflops),
-            "time/step": self.busy / self.steps,
-            "time/data_wait": self.waited / self.steps,
+            **utilisation(self.flops, max(1e-9, self.busy), mesh.size, self.peak_tflops),
+            "time/step": self.busy / max(1, self.steps),
+            "time/data_wait": self.waited / max(1, self.steps),
             "time/checkpoint": self.saved_in,
             **self.counts.metrics(self.rows, seq_len),
             "data/bad_samples": progress.bad_samples,
@@ -332,9 +401,11 @@ class Window:
 
 def _line(step: int, steps: int, metrics: dict[str, float | int | None]) -> str:
     left = (steps - step) * float(metrics["time/step"] or 0)
+    loss, norm = metrics["train/loss"], metrics["train/grad_norm"]  # None if every step was skipped
     return (
-        f"step {step}/{steps}  loss {metrics['train/loss']:.4f}  lr {metrics['train/learning_rate']:.2e}  "
-        f"grad {metrics['train/grad_norm']:.2f}  {metrics['perf/tokens_per_second']:.0f} tokens/s  "
+        f"step {step}/{steps}  loss {math.nan if loss is None else loss:.4f}  "
+        f"lr {metrics['train/learning_rate']:.2e}  "
+        f"grad {math.nan if norm is None else norm:.2f}  {metrics['perf/tokens_per_second']:.0f} tokens/s  "
         f"{metrics['time/step']:.2f} s/step  {int(left // 60)}:{int(left % 60):02d} left"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,17 @@ class BestSoFar:
         value = metrics.get(self._metric) if self._metric else None
         return value is not None and (self.value is None or self._sign * (value - self.value) > 0)
 
-    def record(self, step: int, metrics: dict[str, float | int | None], mesh: Mesh) -> None:
-        """Remembers, on all ranks, that the checkpoint of `step` is the best."""
+    def note(self, step: int, metrics: dict[str, float | int | None]) -> Callable[[], None]:
+        """Remembers, on all ranks, that the checkpoint of `step` will be the best; what writes it down, for
+        the main rank to call when that checkpoint is there.
+        """
         value = metrics[self._metric or ""]
         assert value is not None
         self.value, self.step = float(value), step
         fields = {"step": step, "metric": self._metric, "mode": self._mode, "value": self.value}
-        if mesh.is_main:
+
+        def write() -> None:
             self._file.parent.mkdir(exist_ok=True)
             write_atomically(self._file, (json.dumps(fields) + "\n").encode())
+
+        return write

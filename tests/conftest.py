@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,11 +48,10 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "shards"
 
 
-@pytest.fixture
-def tiny_config(products: Path, tmp_path: Path) -> Path:
-    """configs/tiny.yaml, smaller still, on `products`; its run directory is tmp_path/runs/tiny."""
-    tree = yaml.safe_load((Path(__file__).parents[1] / "configs/tiny.yaml").read_text())
-    tree["name"], tree["runs_dir"] = "tiny", str(tmp_path / "runs")
+def tiny_tree(products: Path, runs: Path) -> dict[str, Any]:
+    """configs/tiny.yaml, smaller still, on `products`; the run is called tiny."""
+    tree: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "configs/tiny.yaml").read_text())
+    tree["name"], tree["runs_dir"] = "tiny", str(runs)
     tree["model"]["config"] |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
     factors = tree["model"]["config"]["rope_scaling"]
     tree["model"]["config"]["rope_scaling"] = {
@@ -67,8 +67,14 @@ def tiny_config(products: Path, tmp_path: Path) -> Path:
     tree["checkpoint"] = {"every_steps": 3}
     tree["eval"] |= {"every_steps": 0, "loss_samples": 6, "generate_samples": 3, "max_new_tokens": 8}
     tree["track"] = {"log_every": 1, "mode": "disabled"}
+    return tree
+
+
+@pytest.fixture
+def tiny_config(products: Path, tmp_path: Path) -> Path:
+    """`tiny_tree` as a file; its run directory is tmp_path/runs/tiny."""
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    file.write_text(yaml.safe_dump(tiny_tree(products, tmp_path / "runs")))
     return file
 
 

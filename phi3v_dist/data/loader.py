@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,12 @@ class RowCounts:
         }
 
 
+class PictureReader(Protocol):
+    """What rows are made with: a SampleReader, or a stand-in for one."""
+
+    def images(self, record: dict[str, Any]) -> list[bytes]: ...
+
+
 @dataclass(frozen=True)
 class RowMaker:
     """Makes rows from sample numbers; travels to the workers.
@@ -104,7 +110,7 @@ class RowMaker:
         """Reads the pictures; one per process."""
         return SampleReader(self.samples.roots, self.samples.shards, self.cache)
 
-    def load(self, micro: MicroRow, reader: SampleReader) -> LoadedRow:
+    def load(self, micro: MicroRow, reader: PictureReader) -> LoadedRow:
         documents, bad = [], []
         masked = 0
         for record in self.samples.records(micro.samples):
@@ -117,7 +123,11 @@ class RowMaker:
         tokens = sum(len(document.input_ids) for document in documents)
         return LoadedRow(row, tokens, len(row.grids), len(documents), masked, tuple(bad))
 
-    def document(self, record: dict[str, Any], reader: SampleReader) -> tuple[Document, str | None, int]:
+    def keys(self, micro: MicroRow) -> list[str]:
+        """The keys of a row's samples."""
+        return [record["key"] for record in self.samples.records(micro.samples)]
+
+    def document(self, record: dict[str, Any], reader: PictureReader) -> tuple[Document, str | None, int]:
         """One sample, and if it cannot be used (then it is blank and without labels) the reason and the
         number of its targets.
         """

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,13 +30,15 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Mesh:
     """rank, size: of all processes; local_rank: on this node. sequence: the ranks that share this one's row,
-    None if it has its rows to itself.
+    None if it has its rows to itself. store: key-value store of the ranks. timeout_s: of a collective.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    store: Any
+    timeout_s: float
     sequence: SequenceGroup | None = None
 
     @property
@@ -112,13 +115,27 @@ def _divisor(size: int, sp: int) -> int:
     return next(n for n in range(min(sp, size), 0, -1) if size % n == 0)
 
 
+def _record_flight(logs: Path) -> None:
+    """Turns on NCCL's flight recorder, read by torch when the process group is made; what the user has set
+    stays.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": str(logs / "flight-recorder-rank-"),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 @contextlib.contextmanager
-def open_mesh(timeout_s: float, sp: int = 1) -> Iterator[Mesh]:
+def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterator[Mesh]:
     """Joins the process group that torchrun describes (a single process without it) and leaves it at the end.
 
     NCCL on CUDA, gloo on the CPU. timeout_s: seconds before a collective that waits for a lost rank fails.
-    sp: ranks that share a row. Raises BadInputError if there are more processes on this node than GPUs, or sp
-    does not divide the ranks.
+    sp: ranks that share a row. logs: directory where NCCL's flight recorder then says what every rank was
+    waiting for; None for no such. Raises BadInputError if there are more processes on this node than GPUs, or
+    sp does not divide the ranks.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -131,6 +148,8 @@ def open_mesh(timeout_s: float, sp: int = 1) -> Iterator[Mesh]:
             )
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
+        if logs is not None:
+            _record_flight(logs)
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed at import
@@ -149,7 +168,8 @@ def open_mesh(timeout_s: float, sp: int = 1) -> Iterator[Mesh]:
                 "parallel.sp=%d does not divide the %d ranks of a node: rows are exchanged between nodes in "
                 "every layer, which is slow", sp, on_node,
             )  # fmt: skip
-        yield Mesh(rank, size, local_rank, device, sequence)
+        shared = dist.distributed_c10d._get_default_store()
+        yield Mesh(rank, size, local_rank, device, shared, timeout_s, sequence)
         # Leaving while a peer still works tears its connections down; an exception must not wait here.
         dist.barrier()
     finally:

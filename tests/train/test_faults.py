@@ -1,0 +1,157 @@
+"""What happens to real ranks: killed, asleep, told to stop, without data, with numbers that are none. Each
+run ends as docs/faults.md says, leaves nothing behind, and the same command goes on as if nothing had been.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from phi3v_dist import checkpoint
+from phi3v_dist.config import load_config
+from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
+from tests.train.ranks import finish
+
+FAULTY = Path(__file__).with_name("faulty_rank.py")
+QUICK = ("eval.generate_samples=0", "eval.loss_samples=2", "train.steps=6")
+
+
+class Job:
+    """Ranks of one config that something happens to."""
+
+    def __init__(self, config: Path, name: str = "tiny") -> None:
+        self.config, self.name = config, name
+        self.run_dir = load_config(config).run_dir.with_name(name)
+        self.began = time.time()
+
+    def start(
+        self, ranks: int, faults: str, *overrides: str, options: tuple[str, ...] = ()
+    ) -> subprocess.Popen[str]:
+        self.began = time.time()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+        command += [f"--nproc-per-node={ranks}", str(FAULTY), faults, "train", str(self.config)]
+        return subprocess.Popen(
+            [*command, *QUICK, f"name={self.name}", *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )
+
+    def run(
+        self, ranks: int, faults: str, *overrides: str, options: tuple[str, ...] = (), limit: float = 150
+    ) -> tuple[int | None, str]:
+        """The exit code that rank 0 recorded, and all output; nothing is left running."""
+        process = self.start(ranks, faults, *overrides, options=options)
+        code, output = finish(process, limit)
+        assert not self.left(), "processes were left running"
+        recorded = recorded_exit(self.run_dir, self.began)
+        assert (code == 0) == (recorded == DONE), output[-3000:]
+        return recorded, output
+
+    def left(self) -> list[str]:
+        """Command lines of this run's processes."""
+        lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+        return [line for line in lines if str(self.config) in line]
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        return dict(checkpoint.read_tensors(self.run_dir / "checkpoints" / checkpoint.checkpoint_name(step)))
+
+    def losses(self) -> dict[int, float]:
+        lines = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+        found = [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]
+        assert len(dict(found)) == len(found), "a step was logged twice"
+        return dict(found)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_ranks_that_die_sleep_or_stall_lose_nothing(tiny_config: Path) -> None:
+    """One run after another in one directory; the end is that of a run with nothing but its bad step."""
+    straight = Job(tiny_config, "straight")
+    code, output = straight.run(2, "nan:1:2")
+    assert code == DONE
+    assert "step 2: the loss is nan; skipped on all ranks (1 in a row)" in output
+    assert list(straight.losses()) == [1, 2, 4, 5, 6], "the skipped step has no loss"
+    notes = (straight.run_dir / "logs/rows-rank-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["micro"] for line in notes] == [0, 1] and json.loads(notes[0])["keys"]
+    meta = checkpoint.read_meta(straight.run_dir / "checkpoints/step-000006")
+    assert meta["progress"]["skipped_steps"] == 1 and meta["progress"]["bad_streak"] == 0
+    assert set(meta["adam_steps"]) == {5.0}
+
+    # killed in a save, then brought back by torchrun alone, then a rank that sleeps for ever
+    job = Job(tiny_config)
+    code, output = job.run(
+        2,
+        "nan:1:2,SIGKILL:1:3:save,sleep:1:4:forward and backward",
+        "checkpoint.async=true",
+        "parallel.timeout_s=8",
+        options=("--max-restarts=1",),
+    )
+    assert code == CRASHED
+    assert "silent: rank 1 on" in output and "in step 4 (forward and backward)" in output
+    assert "lost its peers" in json.loads((job.run_dir / "exit.json").read_text())["reason"]
+
+    # data that does not come any more, and then the order to stop
+    process = job.start(2, "nan:1:2,stall:1", "parallel.timeout_s=60", "checkpoint.every_steps=1")
+    wait_for((tiny_config.parent / "stalled").exists, 90, "the stall")
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process, 60)
+    assert recorded_exit(job.run_dir, job.began) == PREEMPTED and "broken off, data did not come" in output
+    assert not job.left()
+    assert "going on from" in job.run(2, "nan:1:2")[1]
+    assert same(job.weights(6), straight.weights(6)) and job.losses() == straight.losses()
+
+
+@pytest.mark.parametrize("place", ["backward", "end of the step", "evaluation", "save"])
+def test_a_signal_anywhere_ends_with_a_checkpoint_after_a_step_at_most(tiny_config: Path, place: str) -> None:
+    job = Job(tiny_config)
+    code, output = job.run(
+        1, f"SIGTERM:0:2:{place}", "train.steps=40", "eval.every_steps=2", "checkpoint.every_steps=2"
+    )
+    assert code == PREEMPTED, output[-3000:]
+    newest = checkpoint.newest(job.run_dir / "checkpoints")
+    assert newest is not None and checkpoint.step_of(newest) in (3, 4)
+    assert f"stopped by a signal after step {checkpoint.step_of(newest)} of 40" in output
+
+
+def test_numbers_that_stay_bad_end_the_run_with_the_weights_as_they_were(tiny_config: Path) -> None:
+    job = Job(tiny_config)
+    code, output = job.run(1, "nans:0", "train.max_bad_steps=3", "train.steps=9")
+    assert code == DIVERGED
+    assert "and 3 steps in a row were skipped" in output
+    first = checkpoint.newest(job.run_dir / "checkpoints")
+    assert first is None, "nothing was learnt, nothing is to be saved"
+
+
+def test_a_file_stop_and_a_signal_before_the_first_step(tiny_config: Path) -> None:
+    job = Job(tiny_config)
+    job.run_dir.mkdir(parents=True)
+    (job.run_dir / "STOP").touch()
+    code, output = job.run(1, "none:9")
+    assert code == PREEMPTED and "stopped before the first step" in output
+    assert not (job.run_dir / "STOP").exists() and not (job.run_dir / "checkpoints").exists()
+
+
+def test_ranks_that_are_not_alike_are_refused_by_name(tiny_config: Path) -> None:
+    code, output = Job(tiny_config).run(2, "config:1")
+    assert code == USAGE
+    assert "rank 1 (" in output and "train.lr is 0.123 there, 0.0015 here" in output
