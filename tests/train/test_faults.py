@@ -105,6 +105,7 @@ def test_ranks_that_die_sleep_or_stall_lose_nothing(tiny_config: Path) -> None:
         "checkpoint.async=true",
         "parallel.timeout_s=8",
         options=("--max-restarts=1",),
+        limit=400,
     )
     assert code == CRASHED
     assert "silent: rank 1 on" in output and "in step 4 (forward and backward)" in output
