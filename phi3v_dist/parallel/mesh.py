@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from phi3v_dist.parallel.meet import meet
 from phi3v_dist.parallel.sequence import SequenceGroup
 from shards.format import BadInputError
 
@@ -30,15 +31,16 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Mesh:
     """rank, size: of all processes; local_rank: on this node. sequence: the ranks that share this one's row,
-    None if it has its rows to itself. store: key-value store of the ranks. timeout_s: of a collective.
+    None if it has its rows to itself. store: key-value store of the ranks of this
+    start. timeout_s: of a collective.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    store: Any
-    timeout_s: float
+    store: Any = None
+    timeout_s: float = 600.0
     sequence: SequenceGroup | None = None
 
     @property
@@ -153,14 +155,14 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed at import
+    limit = datetime.timedelta(seconds=timeout_s)
     if "RANK" not in os.environ:
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
-        store: dict[str, Any] = {"store": dist.HashStore()}
+        store: Any = dist.HashStore()
     else:
-        store = {}
-    dist.init_process_group(
-        backend, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout_s), **store
-    )
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(meet(store, rank, size, timeout_s), store)
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=store)
     try:
         sequence = sequence_group(rank, size, sp)
         if rank == 0 and on_node % sp:
@@ -168,8 +170,7 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
                 "parallel.sp=%d does not divide the %d ranks of a node: rows are exchanged between nodes in "
                 "every layer, which is slow", sp, on_node,
             )  # fmt: skip
-        shared = dist.distributed_c10d._get_default_store()
-        yield Mesh(rank, size, local_rank, device, shared, timeout_s, sequence)
+        yield Mesh(rank, size, local_rank, device, store, timeout_s, sequence)
         # Leaving while a peer still works tears its connections down; an exception must not wait here.
         dist.barrier()
     finally:
