@@ -7,7 +7,7 @@ and no targets, and the step is thrown away. Called by the train loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,5 +65,5 @@ class Feed:
 class _NothingToRead:
     """Stands in for a SampleReader: every picture is unreadable."""
 
-    def images(self, record: dict[str, Any]) -> list[bytes]:
+    def images(self, record: Mapping[str, Any]) -> list[bytes]:
         raise BadInputError("not read: the run is to stop")

@@ -15,7 +15,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -87,7 +87,7 @@ class RowCounts:
 class PictureReader(Protocol):
     """What rows are made with: a SampleReader, or a stand-in for one."""
 
-    def images(self, record: dict[str, Any]) -> list[bytes]: ...
+    def images(self, record: Mapping[str, Any]) -> Sequence[bytes | memoryview]: ...
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class RowMaker:
         joined = np.concatenate(tiles) if tiles else np.empty((0, 3, self.tile, self.tile), np.uint8)
         return Document(text.input_ids, labels, joined, [(g.rows, g.cols) for g in grids]), fault, masked
 
-    def _tiles(self, data: memoryview, image: dict[str, Any], grid: HDGrid) -> np.ndarray:
+    def _tiles(self, data: bytes | memoryview, image: dict[str, Any], grid: HDGrid) -> np.ndarray:
         picture = decode_image(data)
         if picture.size != (image["width"], image["height"]):
             raise BadInputError(
