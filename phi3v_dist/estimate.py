@@ -135,8 +135,7 @@ def estimate(
         ),
         Component("optimizer", 0 if to_host else learns * 12, 0 if to_disk or not to_host else learns * 12),
         Component("communication buffers", _buffers(sizes, size)),
-        *_checkpoints(config, model, positions, size, cuda),
-        *_layer(config, model, positions, size),
+        *_layers(config, model, positions, size, cuda),
         _loss_head(model, positions, targets if targets is not None else config.data.seq_len // 8, size),
         *_vision(config, model, pictures or fullest_row(config, model), size),
         # torch's AdamW and the copy of the gradients work on one sub-group of DeepSpeed's at a time
@@ -157,47 +156,42 @@ def _buffers(sizes: Sizes, size: int) -> int:
     return bucket * size + bucket * (4 if size < 4 else 0)
 
 
-def _checkpoints(
-    config: RunConfig, model: Phi3VConfig, positions: int, size: int, cuda: bool
-) -> list[Component]:
-    one = positions * model.hidden_size * size
-    if not config.model.gradient_checkpointing:
-        return []
-    if config.parallel.offload_checkpoints:
-        pinned = (
-            1 << (one - 1).bit_length() if cuda else one
-        )  # the allocator of pinned memory rounds up to a power of two
-        return [Component("layer inputs", 2 * one, model.num_hidden_layers * pinned)]
-    return [Component("layer inputs", model.num_hidden_layers * one)]
-
-
-def _layer(config: RunConfig, model: Phi3VConfig, positions: int, size: int) -> list[Component]:
-    """One decoder layer in backward; without checkpointing what all layers keep, and one at work."""
-    hidden, inner = model.hidden_size, model.intermediate_size
+def _layers(config: RunConfig, model: Phi3VConfig, positions: int, size: int, cuda: bool) -> list[Component]:
+    """What the decoder layers keep for backward, and the busiest moments of one: its attention, its MLP."""
+    hidden, inner, count = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     kv = (model.num_key_value_heads or model.num_attention_heads) / model.num_attention_heads
-    norms = hidden * (2 * size + 4 * (2 if size < 4 else 1))  # each: normalised, scaled; float32 in between
-    qkv = hidden * (1 + 2 * kv) * size
-    # projection, rotated query and key, attention's output, and what travels: all that, once more
-    kept = norms + hidden * size + qkv + hidden * (1 + kv) * size + hidden * size
-    moved = (qkv + hidden * size) if config.parallel.sp > 1 else 0
-    back = qkv + 2 * hidden * size  # gradients of query, key, value, of attention's output and of the input
-    attention = int(positions * (kept + moved + back))
+    state = positions * hidden * size
+    qkv, rotated = int(state * (1 + 2 * kv)), int(state * (1 + kv))
+    # A norm keeps what it normalised and what it gave on; in bf16 its input in float32 as well.
+    norm = 2 * state + (positions * hidden * 4 if size < 4 else 0)
+    # Attention keeps its inputs (from the exchange, or the projection and the rotated ones) and its output.
+    kept = norm + qkv + state + (state if config.parallel.sp > 1 else rotated)
+    # The exchange: projected, rotated, sent and received are there together. Backward: four times as much.
+    exchange = qkv + rotated + (2 * qkv if config.parallel.sp > 1 else 0)
+    attention = norm + max(exchange, 2 * qkv + rotated + 4 * state) + state
     tile = min(config.parallel.tile_mlp or positions, positions)
-    norm = hidden * (2 * size + 4 * (2 if size < 4 else 1))
-    # gate and up together, the activation, the product; gradients of the product and of gate and up
-    mlp = positions * (norm + 3 * hidden * size) + tile * inner * 8 * size
-    if config.parallel.tile_mlp and tile < positions:
-        mlp += 3 * hidden * inner * 4  # the tiles' weight gradients are summed in float32
-    if config.model.gradient_checkpointing:
+    tiled = tile < positions
+    sums = 3 * hidden * inner * 4 if tiled else 0  # weight gradients of the tiles, in float32
+    wide = tile * inner * size
+    # gate and up, activation, product; in backward their gradients; the residual, the gradient in and out
+    mlp_kept = norm + state + (0 if tiled else 4 * wide)
+    mlp = mlp_kept + (8 if tiled else 4) * wide + sums + 2 * state
+    if not config.model.gradient_checkpointing:
         return [
-            Component("attention", attention, phase="layer"),
-            Component("MLP", mlp, phase="layer"),
+            Component("activations of all layers", count * (kept + mlp_kept)),
+            Component("attention", max(0, attention - kept), phase="attention"),
+            Component("MLP", mlp - mlp_kept, phase="MLP"),
         ]
-    layers = model.num_hidden_layers
-    every = layers * int(positions * (kept + moved)) + int(positions * back)
-    activations = 0 if tile < positions else 4 * positions * inner * size  # a tiled MLP keeps none
-    every_mlp = layers * (positions * norm + activations) + 4 * tile * inner * size
-    return [Component("attention", every, phase="layer"), Component("MLP", every_mlp, phase="layer")]
+    on_gpu, host = count * state, 0
+    if config.parallel.offload_checkpoints:
+        on_gpu = 2 * state if cuda else 0
+        # the allocator of pinned memory rounds up to a power of two
+        host = count * (1 << (state - 1).bit_length() if cuda else state)
+    return [
+        Component("layer inputs", on_gpu, host),
+        Component("attention", attention, phase="attention"),
+        Component("MLP (with what attention keeps)", kept + mlp, phase="MLP"),
+    ]
 
 
 def _loss_head(model: Phi3VConfig, positions: int, targets: int, size: int) -> Component:

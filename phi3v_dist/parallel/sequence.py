@@ -44,9 +44,9 @@ class SequenceGroup:
 
         The number of key-value heads may differ from that of the queries; `size` divides both.
         """
-        parts = [x.unflatten(1, (self.size, -1)) for x in (query, key, value)]
+        parts = [x.unflatten(1, (self.size, -1)).transpose(0, 1) for x in (query, key, value)]
         heads = [part.shape[2] for part in parts]
-        sent = torch.cat(parts, dim=2).transpose(0, 1)  # [size, T / size, heads, d]
+        sent = torch.cat(parts, dim=2)  # [size, T / size, heads / size, d], copied once
         whole = self._exchange_even(sent).flatten(0, 1)
         q, k, v = whole.split(heads, dim=1)
         return q, k, v

@@ -1,8 +1,8 @@
 """One rank of test_parity.py, started by torchrun: python parity_rank.py DIRECTORY.
 
-DIRECTORY holds `model` (a hub directory), `grouped` (one with fewer key-value heads), `rows.pt` and
-`short.pt` (four packed rows each). Rank 0 writes DIRECTORY/world-N.pt: for every case the loss and all
-gradients of one optimizer step, and the losses of 20 steps for each sp.
+DIRECTORY holds `model` (a hub directory), `grouped` (one with fewer key-value heads), `small` (for the 20
+steps), `rows.pt` and `short.pt` (four packed rows each). Rank 0 writes DIRECTORY/world-N.pt: for every case
+the loss and all gradients of one optimizer step, and the losses of 20 steps for each sp.
 """
 
 import gc
@@ -100,7 +100,7 @@ def main(directory: Path) -> None:
     short = torch.load(directory / "short.pt", weights_only=False)
     steps: dict[tuple[str, int, str, int], tuple[float, dict[str, torch.Tensor]]] = {}
     curves: dict[int, list[float]] = {}
-    with open_mesh(60) as world:
+    with open_mesh(300) as world:
         prepare_deepspeed(world)
         for sp in [1, 2, 4] if world.size == 4 else [2]:
             mesh = replace(world, sequence=sequence_group(world.rank, world.size, sp))
@@ -121,7 +121,7 @@ def main(directory: Path) -> None:
             if world.size == 4:
                 accumulation = 4 // mesh.dp_size
                 config = run_config(accumulation, sp=sp, persistence_threshold=5000)  # fewer collectives
-                engine = engine_of(directory / "model", config, accumulation, mesh)
+                engine = engine_of(directory / "small", config, accumulation, mesh)
                 curves[sp] = []
                 for step in range(20):
                     curves[sp].append(backward(engine, short[step % 3 :] + short[: step % 3], mesh))

@@ -10,6 +10,9 @@ from phi3v_dist.config import load_config
 from tests.train.ranks import finish, run_ranks, start_ranks
 
 
+pytestmark = pytest.mark.timeout(420)  # three runs one after the other
+
+
 def metrics(run_dir: Path, key: str) -> dict[int, float]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {line["train/global_step"]: line[key] for line in lines if key in line}
