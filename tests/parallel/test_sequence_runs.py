@@ -9,7 +9,6 @@ import pytest
 from phi3v_dist.config import load_config
 from tests.train.ranks import finish, run_ranks, start_ranks
 
-
 pytestmark = pytest.mark.timeout(420)  # three runs one after the other
 
 
