@@ -34,10 +34,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """What is trained.
 
-    path: a directory in the published layout (weights, config, tokenizer). Without it, `config` gives the
-    fields of a Phi3VConfig whose weights are drawn from the seed. tokenizer: a directory with tokenizer.json;
+    path: a directory in the published layout (weights, config, tokenizer). config: without path, the fields
+    of a Phi3VConfig whose weights are drawn from the seed. tokenizer: a directory with tokenizer.json;
     default `path`. Without both, one of `vocab_size` pieces is trained on the texts of the train split.
-    dtype: of the forward and backward pass; the optimizer always has float32 master weights.
+    freeze: groups that do not learn. dtype: of the forward and backward pass; the optimizer always has
+    float32 master weights. gradient_checkpointing: layers keep their inputs alone and run again in backward.
     vision_chunk: tiles and global views that pass the vision tower in one call.
     """
 
@@ -129,10 +130,14 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How it is trained.
 
-    Exactly one of `steps` and `epochs` ends the run. global_batch: packed rows of one optimizer step over all
-    ranks and accumulation steps; a rank accumulates global_batch / (data-parallel ranks) of them, so the
-    curve does not depend on the number of ranks. lr_scale: factor on lr per group. The schedule is linear
-    warm-up, then cosine down to min_lr_ratio * lr. grad_clip: largest global norm, 0 for none.
+    The learning rate rises linearly, then falls along a cosine.
+
+    steps, epochs: exactly one of the two ends the run; epochs may be a fraction. global_batch: packed rows of
+    one optimizer step over all ranks and accumulation steps; a rank accumulates global_batch / (data-parallel
+    ranks) of them, so the curve does not depend on the number of ranks. lr: AdamW's largest learning rate.
+    lr_scale: factor on lr for vision, projector or decoder. warmup_steps: optimizer steps of the rise.
+    min_lr_ratio: where the fall ends, as a part of lr. weight_decay: of weights; biases and norms have none.
+    betas, eps: AdamW's. grad_clip: largest global norm of the gradient, 0 for none.
     max_bad_steps: steps in a row without a finite loss or gradient norm, which are skipped, before the run
     stops with exit code 4.
     """

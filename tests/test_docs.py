@@ -22,7 +22,8 @@ import yaml
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.reference import config_reference
+from launch.reference import config_reference, descriptions
+from phi3v_dist.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -162,6 +163,15 @@ def test_the_command_runs(command: str, workspace: Path) -> None:
 def test_the_config_page_is_the_config() -> None:
     page = ROOT / "docs/config.md"
     assert page.read_text() == config_reference(), "run `make docs`"
+
+
+def test_every_key_of_the_config_says_what_it_means() -> None:
+    silent = []
+    for name, field in RunConfig.model_fields.items():
+        model = field.annotation
+        if isinstance(model, type) and hasattr(model, "model_fields"):
+            silent += [f"{name}.{key}" for key, text in descriptions(model).items() if not text]
+    assert not silent, f"no `key: ...` in the docstring of its section: {', '.join(silent)}"
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
