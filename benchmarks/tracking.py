@@ -8,6 +8,7 @@ over all steps. Killed: the service is killed after a third of the block.
 """
 
 import argparse
+import contextlib
 import http.server
 import logging
 import os
@@ -41,7 +42,8 @@ class Slow(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         time.sleep(DELAY_S)
-        self.send_error(503)
+        with contextlib.suppress(OSError):  # the client has left
+            self.send_error(503)
 
     do_GET = do_POST
 

@@ -14,6 +14,7 @@ import math
 import netrc
 import os
 import resource
+import socket
 import time
 from collections import deque
 from pathlib import Path
@@ -23,7 +24,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from phi3v_dist.config import RunConfig
-from phi3v_dist.wandb_run import Mirror
+from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.wandb_run import Mirror, NodeMetrics
 from shards.atomic import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -103,6 +105,14 @@ def host_memory() -> dict[str, float | int | None]:
             total += child.memory_info().rss
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"mem/host_gb": total / 1e9, "mem/host_peak_gb": peak / 1e9}
+
+
+def watch_node(config: RunConfig, run_dir: Path, mesh: Mesh) -> NodeMetrics | None:
+    """System metrics of this node beside those of the first, if track.node_metrics asks for them."""
+    is_first_here = mesh.local_rank == 0 and not mesh.is_main
+    if not (config.track.node_metrics and is_first_here and resolve_mode(config) == "online"):
+        return None
+    return NodeMetrics(config, run_dir, socket.gethostname())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

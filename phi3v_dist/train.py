@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
@@ -33,6 +34,7 @@ from phi3v_dist.data.quarantine import Quarantine
 from phi3v_dist.exits import PreemptedError
 from phi3v_dist.flops import Flops, peak_tflops, row_flops, shape_of, utilisation
 from phi3v_dist.limits import check_limits, check_offload_path
+from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
 from phi3v_dist.optim import freeze, group_rates, learning_rate, parameter_groups, set_learning_rate
@@ -41,12 +43,13 @@ from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.pulse import Pulse
 from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
 from phi3v_dist.preflight import check_room, check_same_everywhere, fingerprint_here
+from phi3v_dist.progress import ProgressLine
 from phi3v_dist.provenance import provenance
 from phi3v_dist.rundir import CHECKPOINTS, DATA, RunLock, open_run_dir
 from phi3v_dist.saving import ModelCard, Saver
 from phi3v_dist.stability import Stability
 from phi3v_dist.stop import STOP, Stop
-from phi3v_dist.track import Tracker, host_memory
+from phi3v_dist.track import Tracker, host_memory, watch_node
 from phi3v_dist.validation import BestSoFar, Validation
 from phi3v_dist.wandb_run import RUN_ID
 from shards.format import BadInputError
@@ -144,6 +147,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
         return row_flops(config, origin.model_config, shape_of(loaded.row, loaded.tokens))
 
     feed = Feed(rows, data.maker, plan, config.views_per_call, mesh, stop)
+    node = watch_node(config, run_dir, mesh)
+    line = ProgressLine(steps, mesh.is_main and sys.stdout.isatty())
     exit_code = 1
     try:
         _leave_if_asked(stop, mesh)
@@ -165,7 +170,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
             if stepped and (saving or progress.step % config.track.log_every == 0):
                 metrics = window.metrics(engine, rate, step_rows.epoch, progress, config.data.seq_len, mesh)
                 metrics["train/loss_spikes"] = stability.spikes
-                _log.info(_line(progress.step, steps, metrics))
+                line.show(progress.step, metrics)
                 window = Window(peak_tflops=peak)
             if stepped and validating:
                 pulse.at(progress.step, "evaluation")
@@ -212,6 +217,9 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
         raise
     finally:
         rows.close()
+        line.close()
+        if node is not None:
+            node.close()
         if tracker is not None:
             tracker.close(exit_code)
         del validation
@@ -399,17 +407,6 @@ class Window:
         return metrics
 
 
-def _line(step: int, steps: int, metrics: dict[str, float | int | None]) -> str:
-    left = (steps - step) * float(metrics["time/step"] or 0)
-    loss, norm = metrics["train/loss"], metrics["train/grad_norm"]  # None if every step was skipped
-    return (
-        f"step {step}/{steps}  loss {math.nan if loss is None else loss:.4f}  "
-        f"lr {metrics['train/learning_rate']:.2e}  "
-        f"grad {math.nan if norm is None else norm:.2f}  {metrics['perf/tokens_per_second']:.0f} tokens/s  "
-        f"{metrics['time/step']:.2f} s/step  {int(left // 60)}:{int(left % 60):02d} left"
-    )
-
-
 def _prepare_data(config: RunConfig, origin: Origin, run_dir: Path, mesh: Mesh) -> PreparedData:
     """Made by the main rank, for as many epochs as the run has; the others find its files."""
 
@@ -440,8 +437,9 @@ def _accumulation(config: RunConfig, mesh: Mesh) -> int:
 
 
 def _make_engine(config: RunConfig, origin: Origin, accumulation: int, mesh: Mesh) -> Any:
-    dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
-    model = build_model(origin.model_config, dtype, zero_config(config, accumulation))
+    model = build_model(
+        origin.model_config, torch_dtype(config.model.dtype), zero_config(config, accumulation)
+    )
     load_weights(model, origin.model_dir)
     model.vision_chunk = config.model.vision_chunk
     model.sequence = mesh.sequence

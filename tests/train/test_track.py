@@ -18,6 +18,7 @@ from PIL import Image
 
 from phi3v_dist.answers import thumbnail
 from phi3v_dist.config import RunConfig, load_config
+from phi3v_dist.progress import describe
 from phi3v_dist.provenance import provenance
 from phi3v_dist.track import Tracker, host_memory, read_metrics, resolve_mode
 from phi3v_dist.validation import BestSoFar, evaluation_dir
@@ -242,3 +243,17 @@ def test_what_made_a_run_is_told_without_secrets(run_dir: Path, monkeypatch: pyt
     assert found["git"]["commit"] is None or len(found["git"]["commit"]) == 40
     memory = host_memory()
     assert 0.05 < (memory["mem/host_peak_gb"] or 0) < 100
+
+
+def test_the_progress_line_has_what_is_known() -> None:
+    found = {
+        "train/loss": 1.5,
+        "perf/tokens_per_second": 1000.0,
+        "perf/mfu": 0.41,
+        "time/step": 2.0,
+        "train/grad_norm": None,
+    }
+    assert (
+        describe(10, 2000, found)
+        == "step 10/2000  1:06:20 left  loss 1.5000  1000 tokens/s  MFU 41.0%  2.00 s/step"
+    )

@@ -25,6 +25,8 @@ from phi3v_dist.model.hub import load_config as load_model_config
 from phi3v_dist.optim import learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.processor.tokenizer import load_tokenizer
 from phi3v_dist.restore import find_source, restore
+from phi3v_dist.track import read_metrics
+from phi3v_dist.wandb_file import history
 from shards.format import BadInputError, read_index
 from tests.train.ranks import finish, run_ranks, start_ranks
 
@@ -141,7 +143,14 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
 def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> None:
     run_dir = load_config(tiny_config).run_dir
     began = time.time()
-    process = start_ranks(tiny_config, 2, "train.steps=5000", "checkpoint.every_steps=5000", "data.workers=1")
+    process = start_ranks(
+        tiny_config,
+        2,
+        "train.steps=5000",
+        "checkpoint.every_steps=5000",
+        "data.workers=1",
+        "track.mode=offline",
+    )
     try:
         while len(metrics(run_dir, "train/loss") if (run_dir / "metrics.jsonl").exists() else []) < 2:
             assert time.time() - began < 90 and process.poll() is None
@@ -158,9 +167,15 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
     step = checkpoint.read_meta(newest)["progress"]["step"]
     assert max(metrics(run_dir, "train/loss")) == step
 
-    output = run_ranks(tiny_config, 2, f"train.steps={step + 2}")
+    output = run_ranks(tiny_config, 2, f"train.steps={step + 2}", "track.mode=offline")
     assert f"going on from {newest}" in output
     assert list(metrics(run_dir, "train/loss")) == list(range(1, step + 3))
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert [line["train/global_step"] for line in lines] == list(range(1, step + 3))
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))  # one W&B run, every step once
+    assert len(files) == 2 and len({file.name for file in files}) == 1
+    found = [items["train/global_step"] for file in files for items in history(file)]
+    assert found == list(range(1, step + 3))
 
     # another model in the same run directory is refused, and nothing changes
     code, output = finish(start_ranks(tiny_config, 2, "data.seq_len=512"))
