@@ -59,8 +59,9 @@ def block(step: object, config: RunConfig, folder: Path, steps: int, kill: bool)
     for number in range(1, steps + 1):
         if kill and number == steps // 3:
             for child in psutil.Process().children():
-                if any("wandb-core" in part for part in child.cmdline()):
-                    child.kill()
+                with contextlib.suppress(psutil.Error):  # ended already
+                    if any("wandb-core" in part for part in child.cmdline()):
+                        child.kill()
         began = time.perf_counter()
         step()  # type: ignore[operator]
         tracker.log(number, {"train/loss": 1.0, "perf/tokens_per_second": 1.0})
