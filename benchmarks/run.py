@@ -27,6 +27,7 @@ SCRIPTS: dict[str, tuple[list[str], int]] = {
     "image_processor": ([], 300),
     "loss_head": ([], 300),
     "packing": ([], 300),
+    "shards": ([], 1800),
     "plan": ([], 900),
     "loader": ([], 900),
     "evaluate": ([], 600),

@@ -72,15 +72,8 @@ def slurm(
 ) -> None:
     """Submit to Slurm with submitit, from a snapshot of the code."""
     from launch.slurm import SlurmOptions, launch_slurm
-    from shards.format import BadInputError
 
-    more = {}
-    for entry in sbatch or []:
-        key, equals, value = entry.removeprefix("--").partition("=")
-        if not equals:
-            raise BadInputError(f"--sbatch {entry!r} is not of the form option=value")
-        more[key] = value
-    options = SlurmOptions(partition=partition, account=account, qos=qos, more=more)
+    options = SlurmOptions(partition=partition, account=account, qos=qos, more=_more(sbatch))
     code = launch_slurm(
         config,
         overrides or [],
@@ -94,6 +87,44 @@ def slurm(
         show,
     )
     raise typer.Exit(code)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def shards(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="As for `phi3v shards build`.")],
+    out: Annotated[str, typer.Option(help="Directory of the dataset that all nodes see, or a URL.")],
+    tasks: Annotated[int, typer.Option(help="Jobs in the array; each builds its part.")] = 8,
+    cpus: Annotated[int, typer.Option(help="Cores of a task.")] = 2,
+    minutes: Annotated[int, typer.Option(help="Time limit of a task; it goes on in a new job.")] = 24 * 60,
+    logs: Annotated[str, typer.Option(help="Folder for logs and submitit's files.")] = "logs/shards",
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm QOS.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Other options of sbatch, such as constraint=cpu; repeatable.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the batch script, submit nothing.")] = False,
+) -> None:
+    """Build shards as a Slurm job array with submitit; other options go to `phi3v shards build`."""
+    from launch.shards_array import launch_shards
+    from launch.slurm import SlurmOptions
+
+    options = SlurmOptions(partition=partition, account=account, qos=qos, more=_more(sbatch))
+    raise typer.Exit(launch_shards(source, out, context.args, tasks, cpus, minutes, logs, options, show))
+
+
+def _more(sbatch: list[str] | None) -> dict[str, str]:
+    """option=value, ... as a mapping."""
+    from shards.format import BadInputError
+
+    more = {}
+    for entry in sbatch or []:
+        key, equals, value = entry.removeprefix("--").partition("=")
+        if not equals:
+            raise BadInputError(f"--sbatch {entry!r} is not of the form option=value")
+        more[key] = value
+    return more
 
 
 @app.command()
