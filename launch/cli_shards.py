@@ -11,9 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from shards.format import DatasetInfo
 
 app = typer.Typer(no_args_is_help=True, help="Images and prompts into WebDataset tar shards with an index.")
 
@@ -175,7 +178,7 @@ def build(
             )
             return
         info = (build_retry if retry_failed else build_all)(source, out, options, progress)
-    typer.echo(f"{out}: {info.num_samples} samples in {len(info.shards)} shards, {_splits(info.splits)}")
+    typer.echo(f"{out}: {info.num_samples} samples in {_shards(info)}, {_splits(info.splits)}")
 
 
 def _parse_task(text: str) -> tuple[int, int]:
@@ -217,9 +220,7 @@ def index(
     )
     with _progress("bytes") as progress:
         info = build_index(directory, options, progress, work_dir)
-    typer.echo(
-        f"{directory}: {info.num_samples} samples in {len(info.shards)} shards, {_splits(info.splits)}"
-    )
+    typer.echo(f"{directory}: {info.num_samples} samples in {_shards(info)}, {_splits(info.splits)}")
 
 
 @app.command()
@@ -294,6 +295,10 @@ def inspect(
         html.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(html, make_page(directory, found).encode())
         typer.echo(f"page: {html}")
+
+
+def _shards(info: DatasetInfo) -> str:
+    return f"{len(info.shards)} shard{'' if len(info.shards) == 1 else 's'}"
 
 
 def _splits(splits: dict[str, int]) -> str:
