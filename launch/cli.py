@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.cli_debug import app as debug_app
 from launch.cli_launch import app as launch_app
 from launch.cli_launch import doctor
 from launch.cli_shards import app as shards_app
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.add_typer(shards_app, name="shards")
 app.add_typer(launch_app, name="launch")
+app.add_typer(debug_app, name="debug")
 app.command()(doctor)
 
 Config = Annotated[str, typer.Argument(help="YAML file, such as configs/tiny.yaml")]

@@ -89,6 +89,8 @@ class Stability:
             for micro, ((_, _, keys), mean) in enumerate(zip(rows, means, strict=True))
             if math.isfinite(loss) or not math.isfinite(mean)
         ]  # fmt: skip
+        if not entries:
+            return
         try:
             with self._file.open("a") as stream:
                 stream.writelines(json.dumps(entry) + "\n" for entry in entries)

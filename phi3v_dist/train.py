@@ -104,7 +104,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     if resume is not None:
         progress = checkpoint.load(engine, resume, mesh)
         _log.info("going on from %s", resume)
-    validation = Validation(config, origin, engine, mesh)
+    validation = Validation(config, origin, engine, mesh, lambda: stop.asked)
     card = ModelCard(
         origin.model_config.to_dict(), config.data.num_crops, origin.model_dir, origin.tokenizer_dir
     )
@@ -177,12 +177,13 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
                 began = time.perf_counter()
                 scores = validation.run(progress.step)
                 window.exclude(time.perf_counter() - began)
-                _log.info(
-                    "step %d  %s",
-                    progress.step,
-                    "  ".join(f"{k} {v:.4g}" for k, v in scores.items() if v is not None),
-                )
-                metrics |= scores
+                if scores is None:
+                    stopping = True
+                    _log.warning("step %d: evaluation broken off, the run is to stop", progress.step)
+                else:
+                    shown = [f"{k} {v:.4g}" for k, v in scores.items() if v is not None]
+                    _log.info("step %d  %s", progress.step, "  ".join(shown))
+                    metrics |= scores
             is_best = best.improves(metrics)
             # The line comes before the checkpoint: whoever goes on from it finds all lines up to it.
             if tracker is not None and metrics:

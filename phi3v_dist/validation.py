@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ import torch
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import RowMaker
+from phi3v_dist.data.samples import Samples
 from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.evaluate import How, score_answers, split_loss, write_evaluation
 from phi3v_dist.metrics import find_metrics
 from phi3v_dist.model.dtypes import torch_dtype
+from phi3v_dist.model.row import PackedRow
 from phi3v_dist.origin import Origin
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.processor.processing import Phi3VProcessor
-from phi3v_dist.questions import Questions, read_split, spread
+from phi3v_dist.questions import Question, Questions, read_split, spread
 from phi3v_dist.restore import Restored
 from phi3v_dist.whole import gather_whole, keep_whole
 from shards.atomic import write_atomically
+from shards.format import BadInputError
 
 EVALUATIONS = "eval"
 _BEST = "best.json"
@@ -35,10 +38,15 @@ _log = logging.getLogger(__name__)
 
 
 class Validation:
-    """The val split of a run; `run` at any step, on all ranks."""
+    """The val split of a run; `run` at any step, on all ranks. stop: whether this rank has been told to
+    stop.
+    """
 
-    def __init__(self, config: RunConfig, origin: Origin, engine: Any, mesh: Mesh) -> None:
+    def __init__(
+        self, config: RunConfig, origin: Origin, engine: Any, mesh: Mesh, stop: Callable[[], bool]
+    ) -> None:
         self._config, self._origin, self._engine, self._mesh = config, origin, engine, mesh
+        self._stop = stop
         find_metrics(config.eval.metrics)
         data, ours = config.data, config.eval
         samples = read_split(data.paths, data.val_split, ours.loss_samples, may_lack=True)
@@ -49,15 +57,17 @@ class Validation:
             _log.warning("%d val samples are longer than data.seq_len: no loss of them", too_long)
         self._maker = RowMaker(samples, origin.tokenizer, data.num_crops, tile, origin.tokenizer.pad_token_id)
         self._processor = Phi3VProcessor(tokenizer=origin.tokenizer, num_crops=data.num_crops, tile=tile)
-        self._questions = Questions(samples.take(spread(len(samples), ours.generate_samples)))
+        self._questions = _Interruptible(samples.take(spread(len(samples), ours.generate_samples)), stop)
         self._how = How(
             split=data.val_split, samples=ours.generate_samples, swap=False, batch_size=ours.batch_size,
             max_new_tokens=ours.max_new_tokens, metrics=tuple(ours.metrics), slice_by=ours.slice_by,
             seed=config.seed, weights=ours.weights,
         )  # fmt: skip
 
-    def run(self, step: int) -> dict[str, float | int | None]:
-        """Metrics with keys eval/*, the same on every rank; writes RUN/eval/step-N if there are answers."""
+    def run(self, step: int) -> dict[str, float | int | None] | None:
+        """Metrics with keys eval/*, the same on every rank; writes RUN/eval/step-N if there are answers. None
+        if any rank was told to stop meanwhile: an evaluation may take longer than the time that is left.
+        """
         self._engine.eval()
         try:
             loss = self._loss() if (self._costs.tokens <= self._config.data.seq_len).any() else None
@@ -65,6 +75,12 @@ class Validation:
             if not len(self._questions):
                 return metrics
             evaluation = score_answers(self._answering(), self._questions, self._how, self._mesh, loss)
+        except _StoppedError:
+            return None
+        except BadInputError:
+            if self._asked_anywhere():
+                return None
+            raise
         finally:
             self._engine.train()
         if self._mesh.device.type == "cuda":
@@ -73,11 +89,19 @@ class Validation:
         self._mesh.on_main(lambda: write_evaluation(evaluation, out))
         return metrics | {f"eval/{name}": value for name, value in evaluation.scores.values.items()}
 
+    def _asked_anywhere(self) -> bool:
+        return self._mesh.sum([float(self._stop())])[0] > 0
+
     def _loss(self) -> float:
         tokens = self._config.data.seq_len
-        loss, bad = split_loss(
-            lambda row: self._engine(row=row), self._maker, self._costs, tokens, self._mesh
-        )
+
+        def forward(row: PackedRow) -> torch.Tensor:
+            if self._asked_anywhere():
+                raise _StoppedError
+            loss: torch.Tensor = self._engine(row=row)
+            return loss
+
+        loss, bad = split_loss(forward, self._maker, self._costs, tokens, self._mesh)
         for reason in bad:
             _log.warning("val sample left out of the loss: %s", reason)
         return loss
@@ -95,6 +119,23 @@ class Validation:
             copy = gather_whole(self._engine, config, dtype, device)
             return Restored(copy, config, self._processor, device, dtype)
         return Restored(self._engine.module, config, self._processor, device, dtype, partitioned=True)
+
+
+class _StoppedError(Exception):
+    """All ranks leave the evaluation: one of them was told to stop."""
+
+
+class _Interruptible(Questions):
+    """Questions that cannot be read any more once the run is to stop, which ends the answering everywhere."""
+
+    def __init__(self, samples: Samples, stop: Callable[[], bool]) -> None:
+        super().__init__(samples)
+        self._stop = stop
+
+    def read(self, places: Sequence[int]) -> list[Question]:
+        if self._stop():
+            raise BadInputError("the run is to stop")
+        return super().read(places)
 
 
 def evaluation_dir(run_dir: Path, step: int) -> Path:

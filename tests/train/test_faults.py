@@ -14,10 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 
 from phi3v_dist import checkpoint
 from phi3v_dist.config import load_config
+from phi3v_dist.debug import Place, describe, replay, row_loss
 from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
+from tests.conftest import tiny_tree
 from tests.train.ranks import finish
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")
@@ -84,24 +87,42 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_ranks_that_die_sleep_or_stall_lose_nothing(tiny_config: Path) -> None:
-    """One run after another in one directory; the end is that of a run with nothing but its bad step."""
-    straight = Job(tiny_config, "straight")
-    code, output = straight.run(2, "nan:1:2")
-    assert code == DONE
-    assert "step 2: the loss is nan; skipped on all ranks (1 in a row)" in output
+@pytest.fixture(scope="module")
+def straight(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run on two ranks that nothing happens to but a third step without a finite loss."""
+    work = tmp_path_factory.mktemp("straight")
+    (work / "tiny.yaml").write_text(yaml.safe_dump(tiny_tree(products, work / "runs")))
+    job = Job(work / "tiny.yaml")
+    code, output = job.run(2, "nan:0:2")
+    assert code == DONE and "step 2: the loss is nan; skipped on all ranks (1 in a row)" in output
+    return job
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_noted(straight: Job) -> None:
     assert list(straight.losses()) == [1, 2, 4, 5, 6], "the skipped step has no loss"
-    notes = (straight.run_dir / "logs/rows-rank-1.jsonl").read_text().splitlines()
-    assert [json.loads(line)["micro"] for line in notes] == [0, 1] and json.loads(notes[0])["keys"]
+    notes = (straight.run_dir / "logs/rows-rank-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["micro"] for line in notes] == [0, 1]
+    assert not (straight.run_dir / "logs/rows-rank-1.jsonl").exists(), "its rows were good"
     meta = checkpoint.read_meta(straight.run_dir / "checkpoints/step-000006")
     assert meta["progress"]["skipped_steps"] == 1 and meta["progress"]["bad_streak"] == 0
     assert set(meta["adam_steps"]) == {5.0}
 
+    # the row again, as the note names it
+    note = json.loads(notes[1])
+    again = replay(load_config(straight.config), Place(note["step"], note["rank"], note["micro"], 2))
+    assert list(again.keys) == note["keys"]
+    lines = list(describe(again))
+    assert "Price:" in "".join(lines)
+    assert row_loss(again, straight.run_dir) > 0
+
+
+def test_ranks_that_die_sleep_or_stall_lose_nothing(tiny_config: Path, straight: Job) -> None:
+    """One start after another in one directory; the end is that of the undisturbed run, bit for bit."""
     # killed in a save, then brought back by torchrun alone, then a rank that sleeps for ever
     job = Job(tiny_config)
     code, output = job.run(
         2,
-        "nan:1:2,SIGKILL:1:3:save,sleep:1:4:forward and backward",
+        "nan:0:2,SIGKILL:1:3:save,sleep:1:4:forward and backward",
         "checkpoint.async=true",
         "parallel.timeout_s=8",
         options=("--max-restarts=1",),
@@ -112,14 +133,37 @@ def test_ranks_that_die_sleep_or_stall_lose_nothing(tiny_config: Path) -> None:
     assert "lost its peers" in json.loads((job.run_dir / "exit.json").read_text())["reason"]
 
     # data that does not come any more, and then the order to stop
-    process = job.start(2, "nan:1:2,stall:1", "parallel.timeout_s=60", "checkpoint.every_steps=1")
+    process = job.start(2, "nan:0:2,stall:1", "parallel.timeout_s=60", "checkpoint.every_steps=1")
     wait_for((tiny_config.parent / "stalled").exists, 90, "the stall")
     process.send_signal(signal.SIGTERM)
     code, output = finish(process, 60)
     assert recorded_exit(job.run_dir, job.began) == PREEMPTED and "broken off, data did not come" in output
     assert not job.left()
-    assert "going on from" in job.run(2, "nan:1:2")[1]
+    assert "going on from" in job.run(2, "nan:0:2")[1]
     assert same(job.weights(6), straight.weights(6)) and job.losses() == straight.losses()
+
+
+def test_any_number_of_ranks_goes_on_where_another_stopped(tiny_config: Path, straight: Job) -> None:
+    """2 -> 4 -> 1 -> 2 that share rows -> 2 ranks: every row once, the same losses."""
+    job = Job(tiny_config)
+    for ranks, step, overrides in (
+        (2, 1, ()),
+        (4, 2, ()),
+        (1, 3, ()),
+        (2, 4, ("parallel.sp=2",)),
+        (2, 9, ()),
+    ):
+        code, output = job.run(ranks, f"nan:0:2,SIGUSR1:0:{step}:end of the step", *overrides, limit=400)
+        assert code == (DONE if step == 9 else PREEMPTED), output[-3000:]
+    assert list(job.losses()) == [1, 2, 4, 5, 6]
+    assert list(job.losses().values()) == pytest.approx(list(straight.losses().values()), rel=1e-5)
+    metas = [checkpoint.read_meta(each.run_dir / "checkpoints/step-000006") for each in (job, straight)]
+    assert metas[0]["progress"] == metas[1]["progress"] and metas[0]["progress"]["rows"] == 24
+    assert (
+        metas[0]["groups"] == metas[1]["groups"] and len({g["weight_decay"] for g in metas[0]["groups"]}) == 2
+    )
+    ours, theirs = job.weights(6), straight.weights(6)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-4
 
 
 @pytest.mark.parametrize("place", ["backward", "end of the step", "evaluation", "save"])
@@ -130,7 +174,8 @@ def test_a_signal_anywhere_ends_with_a_checkpoint_after_a_step_at_most(tiny_conf
     )
     assert code == PREEMPTED, output[-3000:]
     newest = checkpoint.newest(job.run_dir / "checkpoints")
-    assert newest is not None and checkpoint.step_of(newest) in (3, 4)
+    assert newest is not None and checkpoint.step_of(newest) in (2, 3, 4)
+    assert ("evaluation broken off" in output) == (place == "evaluation")
     assert f"stopped by a signal after step {checkpoint.step_of(newest)} of 40" in output
 
 
