@@ -219,13 +219,12 @@ def test_the_mode_follows_config_environment_and_key(run_dir: Path, monkeypatch:
 
 
 def test_the_best_evaluation_outlives_a_restart(run_dir: Path) -> None:
-    class Main:
-        is_main = True
-
     ours = config(run_dir, "disabled", "eval.best_metric=eval/f1", "eval.best_mode=max")
     best = BestSoFar(ours)
     assert best.improves({"eval/f1": 0.5}) and not best.improves({"eval/loss": 1.0})
-    best.record(10, {"eval/f1": 0.5}, Main())  # type: ignore[arg-type]
+    write = best.note(10, {"eval/f1": 0.5})
+    assert BestSoFar(ours).value is None, "it is written down when its checkpoint is there"
+    write()
     again = BestSoFar(ours)
     assert (again.step, again.value) == (10, 0.5)
     assert again.improves({"eval/f1": 0.6}) and not again.improves({"eval/f1": 0.5})
