@@ -9,8 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTEST_ARGS ?=
-# Test processes: one more than cores, because those of Slurm and of several ranks often wait.
-WORKERS ?= $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )))
 
 .PHONY: demo test check docs bench clean
 
@@ -18,7 +16,7 @@ demo: $(READY)
 	$(BIN)/phi3v demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python tests/together.py $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

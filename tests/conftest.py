@@ -1,6 +1,5 @@
-"""What holds for every test: the tests of a file stay on one worker, where they share fixtures; a test that
-needs system packages skips where they are missing, and fails instead of skipping where PHI3V_REQUIRE_SYSTEM=1
-says that they were installed (.ci/run).
+"""What holds for every test: a test that needs system packages skips where they are missing, and fails
+instead of skipping where PHI3V_REQUIRE_SYSTEM=1 says that they were installed (.ci/run).
 """
 
 import logging
@@ -27,15 +26,6 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skipped, but PHI3V_REQUIRE_SYSTEM=1: {report.longrepr}"
     return report
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One Slurm cluster for all its tests, on one worker; first, since they wait most."""
-    for item in items:
-        group = "slurm" if item.path.parent.name == "slurm" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.parent.name != "slurm")
 
 
 @pytest.fixture(scope="session")
