@@ -10,7 +10,6 @@ launch.cli_launch.
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,13 @@ from launch.slurm import DEFAULTS, SlurmOptions
 from phi3v_dist.exits import DONE
 from shards.format import BadInputError
 
-PHI3V = (sys.executable, "-c", "from launch.cli import main; main()")
+_PHI3V = """
+import signal
+for each in (signal.SIGUSR1, signal.SIGUSR2):  # they are for submitit
+    signal.signal(each, signal.SIG_IGN)
+from launch.cli import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class ShardsTask:
 
     def __call__(self) -> int:
         """Raises RuntimeError if it fails, so that Slurm sees a failed job; the log has its one line."""
-        done = subprocess.run([*PHI3V, *self.words], preexec_fn=_ignore_warnings, check=False)
+        done = subprocess.run([sys.executable, "-c", _PHI3V, *self.words], check=False)
         if done.returncode:
             raise RuntimeError(f"phi3v {' '.join(self.words[:2])} ended with exit code {done.returncode}")
         return done.returncode
@@ -44,12 +49,6 @@ class ShardsTask:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-def _ignore_warnings() -> None:
-    """Slurm's signal before the time limit is for submitit; the build has nothing to save."""
-    for each in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(each, signal.SIG_IGN)
 
 
 def launch_shards(
