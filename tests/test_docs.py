@@ -36,6 +36,7 @@ ELSEWHERE = {
     "kubectl ": "tests/k8s/test_manifests.py checks what it would apply",
     "sbatch ": "tests/slurm",
     "job=$(sbatch": "tests/slurm",
+    "torchrun ": "tests/train/test_evaluate.py",
 }
 
 
@@ -44,7 +45,7 @@ def commands(page: Path) -> Iterator[str]:
     for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             bare = re.split(r"\s#\s", f"{line} ")[0].strip()
-            if re.match(r"(phi3v|python|make|sbatch|kubectl|docker|git|source|job=)\b.* ", f"{bare} "):
+            if re.match(r"(phi3v|python|make|sbatch|kubectl|docker|git|source|torchrun) |job=", bare):
                 yield " ".join(bare.split())
 
 
@@ -65,7 +66,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(ROOT / "configs", root / "configs")
     here = os.getcwd()
     os.chdir(root)
+    sys.path.insert(0, str(root))
     yield root
+    sys.path.remove(str(root))
     os.chdir(here)
 
 
@@ -78,6 +81,11 @@ REPLACED = {
     "/data/tars": "data/tars",
     "3/16": "0/1",
     "runs/NAME": "runs/first",
+    "runs/NAME:best": "runs/first:best",
+    "runs/NAME/eval/best": "runs/first/eval/best",
+    "runs/A": "runs/first",
+    "runs/B": "runs/first",
+    "DATASET": "data/shop",
     "shoe.jpg": "data/catalogue/images/80000001.jpg",
     "out/": "out",
     "data.path=DIR": "data.path=data/shop",
@@ -105,6 +113,9 @@ def small(command: str) -> list[str]:
         words.append("--print")
     if words[:3] == ["phi3v", "launch", "local"] and "configs/tiny.yaml" not in words:
         words += [*LITTLE, f"name=debug{len(words)}", "data.seq_len=512"]
+    words = [
+        "2" if before == "--processes" else word for before, word in zip(["", *words], words, strict=False)
+    ]
     if words[:3] == ["phi3v", "shards", "index"] and "--prompt" in words:
         words = [word.replace("data/tars", "data/captions") for word in words]
     if "sample" in words and "--rows" not in words:
@@ -120,6 +131,7 @@ def foreign_material(root: Path) -> None:
     pictures = sorted((root / "data/catalogue/images").iterdir())[:12]
     rows = ["sku,model,brand,label_text,front,back"]
     rows += [f"s{n},m{n // 2},Acme,ACME {n},{each},{each}" for n, each in enumerate(pictures)]
+    (root / "my_metrics.py").write_text("def colour(truth, answer):\n    return {'colour': None}\n")
     (root / "shoes.csv").write_text("\n".join(rows) + "\n")
     recipe = root / "configs/shards/burberry.yaml"
     tree = yaml.safe_load(recipe.read_text()) | {"source": "data/catalogue/products.csv"}

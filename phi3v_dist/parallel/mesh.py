@@ -156,8 +156,9 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
         device, backend = torch.device("cpu"), "gloo"
         os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed at import
     limit = datetime.timedelta(seconds=timeout_s)
-    if "RANK" not in os.environ:
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    alone = {} if "RANK" in os.environ else {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if alone:
+        os.environ.update(alone)  # read by deepspeed
         store: Any = dist.HashStore()
     else:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
@@ -176,3 +177,5 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
     finally:
         gc.collect()
         dist.destroy_process_group()
+        for name in alone:
+            os.environ.pop(name, None)  # another group may be opened in this process

@@ -51,7 +51,7 @@ class Job:
         """The container's command and environment, as the operator makes them."""
         overrides = [f"runs_dir={self.run_dir.parent}", "track.group=two words"]
         description = k8s.describe(str(self.config), overrides, nodes=2, gpus_per_node=1)
-        container = k8s.container(description)
+        container = k8s.container(description, "pytorch")
         own = {each["name"]: each["value"] for each in container["env"] if "value" in each}
         assert container["command"][0] == "phi3v"
         command = [

@@ -80,7 +80,7 @@ def test_a_killed_demo_goes_on_and_a_finished_one_says_so(tmp_path: Path) -> Non
     steps = [
         json.loads(line)["train/global_step"] for line in Path(summary["metrics"]).read_text().splitlines()
     ]
-    assert steps == sorted(steps) and set(steps) == {2, 4, 6, 8, 10, 12}
+    assert steps == sorted(set(steps)) and set(steps) >= {2, 4, 6, 8, 10, 12}
 
     began = time.monotonic()
     assert "Already done" in finish(start(tmp_path))

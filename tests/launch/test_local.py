@@ -38,6 +38,7 @@ def test_config_is_checked_before_anything_starts(config: str, monkeypatch: pyte
 
 
 def test_ranks_get_config_and_overrides_unchanged(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # set where a mesh was opened in this process
     seen: list[object] = []
     monkeypatch.setattr(local, "run_node", lambda *arguments: seen.extend(arguments) or NodeResult(0, False))
     monkeypatch.setattr(local, "visible_gpus", lambda: 0)

@@ -133,7 +133,8 @@ def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
 
 
 def test_what_slurm_refuses_is_one_line(cluster: SlurmCluster, tiny_config: Path, submit_dir: Path) -> None:
-    command = [str(PHI3V), "launch", "slurm", str(tiny_config), "--partition=nowhere", "--minutes=30"]
+    size = ["--gpus-per-node=2", "--partition=nowhere", "--minutes=30"]
+    command = [str(PHI3V), "launch", "slurm", str(tiny_config), *size]
     done = subprocess.run(
         command,
         env=cluster.environment,
