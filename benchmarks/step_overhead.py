@@ -131,7 +131,9 @@ def main() -> int:
         file = recipe(Path(folder), options.steps)
         for turn in range(options.rounds):
             with Recorder() as recorder:
-                loop.train(load_config(file, [f"name=run{turn}"]), mesh)
+                config = load_config(file, [f"name=run{turn}"])
+                (config.run_dir / "logs").mkdir(parents=True)  # as the command line does for its logs
+                loop.train(config, mesh)
             found["ours"] += recorder.seconds()
             found["bare"] += bare(recorder)
     ours, theirs = (statistics.median(found[way]) for way in ("ours", "bare"))
