@@ -32,6 +32,7 @@ from phi3v_dist.data.collate import Document, collate
 from phi3v_dist.estimate import Estimate, estimate
 from phi3v_dist.flops import peak_tflops, row_flops, shape_of
 from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
 from phi3v_dist.model.row import PackedRow
@@ -142,8 +143,7 @@ def try_settings(
                 "estimate_gb": first.without_reserve / 1e9, "tried": False,
             }
         ]  # fmt: skip
-    dtype = torch.bfloat16 if run.model.dtype == "bfloat16" else torch.float32
-    model = build_model(config, dtype, zero_config(run, 1))
+    model = build_model(config, torch_dtype(run.model.dtype), zero_config(run, 1))
     for parameter_name, parameter in model.named_parameters():
         norm = parameter_name.endswith(("norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight"))
         parameter.ds_tensor.fill_(1.0) if norm else parameter.ds_tensor.normal_(0.0, 0.02)

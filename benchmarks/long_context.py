@@ -33,7 +33,7 @@ from phi3v_dist.data.collate import Document, collate
 from phi3v_dist.estimate import estimate
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model
-from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
+from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
@@ -120,11 +120,7 @@ def worker(case: dict[str, Any]) -> None:
             values = parameter.ds_tensor
             values.fill_(1.0) if norm else values.normal_(0.0, 0.05, generator=generator)
         model.sequence = mesh.sequence
-        if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-            if config.parallel.offload_checkpoints:
-                offload_checkpoints(model)
-        tile_mlp(model, config.parallel.tile_mlp)
+        save_memory(model, config)
         engine = make_engine(model, parameter_groups(model, config.train), config, 1)
         # A short row first: DeepSpeed and torch load much of themselves at the first step.
         losses = [float(train_step(engine, synthetic_row(1024), mesh))]

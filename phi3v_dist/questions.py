@@ -14,17 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from phi3v_dist.data.reader import SampleReader
-from phi3v_dist.data.samples import Samples
+from phi3v_dist.data.samples import Samples, split_tables
 from phi3v_dist.metrics import parse_product
 from phi3v_dist.processor.geometry import hd_grid, image_token_count, tile_side_tokens
 from phi3v_dist.processor.image import decode_image
 from phi3v_dist.processor.prompt import encode, render
-from shards.format import BadInputError, read_dataset_info, read_index
+from shards.format import BadInputError
 
 _COLUMNS = ["key", "shard", "images", "messages", "meta"]
 _VIEWS = 256  # tiles and global views of a batch at most: what passes the vision tower together
@@ -54,15 +53,8 @@ def read_split(paths: Sequence[str], split: str, samples: int | None, may_lack: 
 
     may_lack: a data set without that split gives none. Raises BadInputError as `read_index`.
     """
-    tables, shards = [], []
-    for number, path in enumerate(paths):
-        info = read_dataset_info(path)
-        shards.append({shard.name: shard for shard in info.shards})
-        if may_lack and not info.splits.get(split):
-            continue
-        table = read_index(path, split, _COLUMNS)
-        tables.append(table.append_column("source", pa.array(np.full(len(table), number, dtype=np.int16))))
-    table = pa.concat_tables(tables) if tables else pa.table({})
+    tables, shards = split_tables(paths, split, _COLUMNS, may_lack)
+    table = pa.concat_tables(list(tables.values())) if tables else pa.table({})
     chosen = table.take(pa.array(spread(table.num_rows, samples), pa.int64())) if tables else table
     return Samples(paths, shards, chosen)
 

@@ -36,7 +36,7 @@ from phi3v_dist.flops import Flops, peak_tflops, row_flops, shape_of, utilisatio
 from phi3v_dist.limits import check_limits, check_offload_path
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import build_model, load_weights
-from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
+from phi3v_dist.model.memory import save_memory
 from phi3v_dist.optim import freeze, group_rates, learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.origin import Origin, model_config_of, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
@@ -444,11 +444,7 @@ def _make_engine(config: RunConfig, origin: Origin, accumulation: int, mesh: Mes
     load_weights(model, origin.model_dir)
     model.vision_chunk = config.model.vision_chunk
     model.sequence = mesh.sequence
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        if config.parallel.offload_checkpoints:
-            offload_checkpoints(model)
-    tile_mlp(model, config.parallel.tile_mlp)
+    save_memory(model, config)
     freeze(model, config.model.freeze)
     return make_engine(model, parameter_groups(model, config.train), config, accumulation)
 

@@ -139,18 +139,31 @@ def read_samples(paths: Sequence[str], split: str, may_lack: bool = False) -> Sa
 
     Raises BadInputError as `read_index` does, and for a split that is empty, unless it may be.
     """
-    tables, shards = [], []
+    tables, shards = split_tables(paths, split, _COLUMNS, may_lack)
+    for number, table in tables.items():
+        if not table.num_rows and not may_lack:
+            raise BadInputError(f"{paths[number]}: the split {split!r} is empty")
+    return Samples(paths, shards, pa.concat_tables(list(tables.values())) if tables else pa.table({}))
+
+
+def split_tables(
+    paths: Sequence[str], split: str, columns: Sequence[str], may_lack: bool
+) -> tuple[dict[int, pa.Table], list[dict[str, ShardInfo]]]:
+    """The index of a split by number of the data set, with that number as the column `source`, and the shards
+    of every data set by name. may_lack: a data set without that split is left out. Raises BadInputError as
+    `read_index`.
+    """
+    tables: dict[int, pa.Table] = {}
+    shards = []
     for number, path in enumerate(paths):
         info = read_dataset_info(path)
         shards.append({shard.name: shard for shard in info.shards})
         if may_lack and not info.splits.get(split):
             continue
-        table = read_index(path, split, _COLUMNS)
-        if not table.num_rows and not may_lack:
-            raise BadInputError(f"{path}: the split {split!r} is empty")
+        table = read_index(path, split, columns)
         source = pa.array(np.full(table.num_rows, number, dtype=np.int16))
-        tables.append(table.append_column("source", source))
-    return Samples(paths, shards, pa.concat_tables(tables) if tables else pa.table({}))
+        tables[number] = table.append_column("source", source)
+    return tables, shards
 
 
 def samples_fingerprint(paths: Sequence[str], split: str) -> str:

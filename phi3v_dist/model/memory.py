@@ -1,8 +1,8 @@
 """What makes long rows fit, switched on for a model from outside: MLPs in tiles, layer inputs on the host.
 
-Both change memory alone. `tile_mlp`: the MLP works on so many positions at a time, forward and backward.
-`offload_checkpoints`: the inputs of the checkpointed decoder layers wait for backward in host memory. Called
-by the train loop and the benchmarks.
+Both change memory alone, as checkpointing does. `tile_mlp`: the MLP works on so many positions at a time,
+forward and backward. `offload_checkpoints`: the inputs of the checkpointed decoder layers wait for backward
+in host memory. `save_memory`: what a run's config says. Called by the train loop and the benchmarks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from phi3v_dist.config import RunConfig
 from phi3v_dist.model.modeling import Phi3VForCausalLM
+
+
+def save_memory(model: Phi3VForCausalLM, config: RunConfig) -> None:
+    """Checkpointing of the layers, their inputs on the host and tiled MLPs, as `config` says."""
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        if config.parallel.offload_checkpoints:
+            offload_checkpoints(model)
+    tile_mlp(model, config.parallel.tile_mlp)
 
 
 def tile_mlp(model: Phi3VForCausalLM, positions: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.model.hub import build_model, load_config, load_weights
-from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
+from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import Mesh, open_mesh, sequence_group
@@ -54,11 +54,7 @@ def engine_of(directory: Path, config: RunConfig, accumulation: int, mesh: Mesh)
     model = build_model(load_config(directory), torch.float32, zero_config(config, accumulation))
     load_weights(model, directory)
     model.sequence = mesh.sequence
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        if config.parallel.offload_checkpoints:
-            offload_checkpoints(model)
-    tile_mlp(model, config.parallel.tile_mlp)
+    save_memory(model, config)
     return make_engine(model, parameter_groups(model, config.train), config, accumulation)
 
 
