@@ -117,10 +117,27 @@ def estimate(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job")] = 8,
     gpu_memory: Annotated[float, typer.Option(help="GB (10^9 bytes) of one GPU")] = 80.0,
+    scaling: Annotated[bool, typer.Option("--scaling", help="time of a step on 8 to 1,024 GPUs")] = False,
+    gpu: Annotated[str, typer.Option(help="for --scaling: the GPU's name")] = "H100",
+    efficiency: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="for --scaling: part of the peak reached (perf/hfu)"),
+    ] = 0.5,
+    nvlink: Annotated[
+        float | None, typer.Option(min=0.1, help="for --scaling: GB/s of a GPU, one direction, inside a node")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.1, help="for --scaling: GB/s of a GPU, one direction, between nodes")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="for --scaling: a page with the curve")] = None,
 ) -> None:
     """Show how much memory a config needs on each GPU. Neither data nor weights are needed.
 
     Example: phi3v estimate configs/burberry.yaml --gpus 8
+
+    With --scaling: how long a step takes on 8 to 1,024 GPUs, and where the time goes.
+
+    Example: phi3v estimate configs/full-128k.yaml --scaling --gpu H100
     """
     from phi3v_dist.config import load_config
 
@@ -130,6 +147,17 @@ def estimate(
     from phi3v_dist.origin import model_config_of
 
     model = model_config_of(run)
+    if scaling:
+        from phi3v_dist import scaling as paper
+        from shards.atomic import write_atomically
+
+        check_shapes(run, model, run.parallel.sp)
+        nodes = paper.cluster(gpu, efficiency, nvlink, network)
+        print("\n".join(paper.describe_scaling(run, model, nodes)))
+        if plot is not None:
+            write_atomically(plot, paper.plot(run, model, nodes).encode())
+            print(f"wrote {plot}")
+        return
     check_shapes(run, model, gpus)
     print("\n".join(describe(run, model, gpus, int(gpu_memory * 1e9))))
 
@@ -251,18 +279,29 @@ def export(
     dataset: Annotated[
         str | None, typer.Option(help="questions for --verify; default: the run's data")
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="of a LoRA run: the adapters alone, in PEFT's format")
+    ] = False,
 ) -> None:
     """Write a trained model in the published layout: safetensors, config, tokenizer, processor.
+
+    What a LoRA run has learnt is in the weights, unless --adapter asks for the adapters alone.
 
     Example: phi3v export runs/demo:best runs/demo/export --verify
     """
     from phi3v_dist.export import export as export_model
+    from phi3v_dist.export import export_adapter
     from phi3v_dist.export import verify as verify_export
     from phi3v_dist.restore import find_source
 
     if dtype not in (None, "bfloat16", "float32"):
         raise BadInputError(f"--dtype {dtype}: use bfloat16 or float32")
     source = find_source(model)
+    if adapter:
+        if verify or dtype:
+            raise BadInputError("--adapter writes adapters as trained; leave out --verify and --dtype")
+        print(f"adapters exported to {export_adapter(source, out)}")
+        return
     print(f"exported to {export_model(source, out, dtype, int(max_shard_gb * 1e9))}")
     if verify:
         answers = verify_export(source, out, dataset or _data_of(source.directory))

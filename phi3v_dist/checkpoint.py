@@ -35,6 +35,7 @@ from safetensors import SafetensorError, safe_open
 
 from phi3v_dist.manifest import COMPLETE, MANIFEST, content_fault, shallow_fault
 from phi3v_dist.model.hub import checkpoint_files
+from phi3v_dist.model.lora import adapters_of, is_adapter, plain_name, update
 from phi3v_dist.parallel.mesh import Mesh
 from shards.atomic import write_atomically
 from shards.format import BadInputError
@@ -213,8 +214,8 @@ def read_meta(target: Path) -> dict[str, Any]:
 
 
 def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every parameter whole, one at a time: the float32 master weights, frozen ones in their own
-    dtype.
+    """Yields every published parameter whole, one at a time: the float32 master weights, those with adapters
+    in float32 with what these add, other frozen ones in their own dtype.
 
     Raises BadInputError if frozen weights lie in a model directory that is gone or has changed.
     """
@@ -222,12 +223,37 @@ def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
         base = _Base(target, meta, stack) if meta["frozen_sums"] is not None else None
-        for name, entry in meta["parameters"].items():
-            if entry["frozen"] and base is not None:
-                yield name, base.tensor(name)
-            else:
-                kind = "frozen" if entry["frozen"] else "master"
-                yield name, reader.whole(f"{kind}/{name}", math.prod(entry["shape"])).view(entry["shape"])
+        entries = meta["parameters"]
+
+        def read(name: str) -> torch.Tensor:
+            shape, is_frozen = entries[name]["shape"], entries[name]["frozen"]
+            if is_frozen and base is not None:
+                return base.tensor(name)
+            return reader.whole(f"{'frozen' if is_frozen else 'master'}/{name}", math.prod(shape)).view(shape)
+
+        for name in entries:
+            if is_adapter(name):
+                continue
+            tensor, (a, b) = read(name), adapters_of(name)
+            if a in entries:
+                lora = meta["run"]["config"]["model"]["lora"]
+                tensor = tensor.float() + update(read(a), read(b), lora["rank"], lora["alpha"])
+            yield name, tensor
+
+
+def read_adapters(target: Path) -> dict[str, torch.Tensor]:
+    """The adapters of a checkpoint by their plain names, float32; empty if it has none."""
+    meta = read_meta(target)
+    with ExitStack() as stack:
+        reader = _Slices(target, meta, stack)
+        shapes = {n: entry["shape"] for n, entry in meta["parameters"].items() if is_adapter(n)}
+        return {n: reader.whole(f"master/{n}", math.prod(s)).view(s) for n, s in shapes.items()}
+
+
+def named_parameters(engine: Any) -> Iterator[tuple[str, Any]]:
+    """(name, parameter) of all: the published names, and those of adapters as `lora.plain_name` has them."""
+    for name, parameter in engine.module.named_parameters():
+        yield plain_name(name), parameter
 
 
 def trainable(engine: Any) -> Iterator[tuple[str, Any, torch.Tensor, int, int, int]]:
@@ -235,7 +261,7 @@ def trainable(engine: Any) -> Iterator[tuple[str, Any, torch.Tensor, int, int, i
     of each parameter that learns.
     """
     zero = engine.optimizer
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names = {parameter: name for name, parameter in named_parameters(engine)}
     for number, group in enumerate(zero.fp16_groups):
         offset = 0
         for parameter in group:
@@ -253,7 +279,7 @@ def trainable(engine: Any) -> Iterator[tuple[str, Any, torch.Tensor, int, int, i
 
 def frozen(engine: Any) -> Iterator[tuple[str, Any]]:
     """(name, parameter) of each that does not learn."""
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in named_parameters(engine):
         if not parameter.requires_grad:
             yield name, parameter
 
@@ -287,7 +313,7 @@ def _first_difference(theirs: dict[str, int], ours: dict[str, int]) -> str | Non
 
 
 def _check_model(engine: Any, target: Path, meta: dict[str, Any]) -> None:
-    ours = {n: (tuple(p.ds_shape), not p.requires_grad) for n, p in engine.module.named_parameters()}
+    ours = {n: (tuple(p.ds_shape), not p.requires_grad) for n, p in named_parameters(engine)}
     theirs = {n: (tuple(entry["shape"]), entry["frozen"]) for n, entry in meta["parameters"].items()}
     if ours == theirs:
         return
@@ -357,15 +383,14 @@ class _Base:
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter in the dtype it was trained with. name: also as PEFT wraps it."""
-        official = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if official not in self._where:
-            raise BadInputError(f"{self._target}: {self._meta['model_dir']} has no tensor {official}")
+        """A parameter in the dtype it was trained with."""
+        if name not in self._where:
+            raise BadInputError(f"{self._target}: {self._meta['model_dir']} has no tensor {name}")
         dtype = getattr(torch, self._meta["frozen_dtype"])
-        found: torch.Tensor = self._where[official].get_tensor(official).to(dtype)
+        found: torch.Tensor = self._where[name].get_tensor(name).to(dtype)
         if int(_bit_sum(found.view(-1))) != self._meta["frozen_sums"][name]:
             raise BadInputError(
-                f"{self._target}: {official} in {self._meta['model_dir']} is not what the run was "
+                f"{self._target}: {name} in {self._meta['model_dir']} is not what the run was "
                 "trained on; "
                 "restore that model directory"
             )

@@ -31,14 +31,27 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
 
 
+class LoraConfig(Section):
+    """Adapters (LoRA) that learn instead of weights.
+
+    parts: groups whose linear layers get adapters; nothing else of them learns. rank: of the adapters. alpha:
+    their output is scaled by alpha / rank.
+    """
+
+    parts: list[Group] = Field(["decoder"], min_length=1)
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+
+
 class ModelConfig(Section):
     """What is trained.
 
     path: a directory in the published layout (weights, config, tokenizer). config: without path, the fields
     of a Phi3VConfig whose weights are drawn from the seed. tokenizer: a directory with tokenizer.json;
     default `path`. Without both, one of `vocab_size` pieces is trained on the texts of the train split.
-    freeze: groups that do not learn. dtype: of the forward and backward pass; the optimizer always has
-    float32 master weights. gradient_checkpointing: layers keep their inputs alone and run again in backward.
+    freeze: groups that do not learn. lora: adapters, for one small GPU; without it weights learn in full.
+    dtype: of the forward and backward pass; the optimizer always has float32 master weights.
+    gradient_checkpointing: layers keep their inputs alone and run again in backward.
     vision_chunk: tiles and global views that pass the vision tower in one call.
     """
 
@@ -46,6 +59,7 @@ class ModelConfig(Section):
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     freeze: list[Group] = []
+    lora: LoraConfig | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = True
     vision_chunk: int = Field(64, ge=1)
@@ -54,6 +68,13 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.config is None):
             raise ValueError("give either model.path (a checkpoint directory) or model.config (a new model)")
+        return self
+
+    @model_validator(mode="after")
+    def _learns_one_way(self) -> ModelConfig:
+        both = sorted({*self.freeze} & {*(self.lora.parts if self.lora else [])})
+        if both:
+            raise ValueError(f"model.freeze and model.lora.parts both name {both[0]}; take it out of one")
         return self
 
 

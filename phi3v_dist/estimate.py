@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from phi3v_dist.config import RunConfig
 from phi3v_dist.flops import RowShape, row_flops
 from phi3v_dist.model.configuration import Phi3VConfig
-from phi3v_dist.model.hub import expected_shapes
-from phi3v_dist.optim import group_of
+from phi3v_dist.optim import shapes_of
 from phi3v_dist.processor.geometry import image_token_count
 
 # DeepSpeed's buffers in elements; parallel.zero sets them. One or two decoder layers of the published model:
@@ -83,14 +82,10 @@ class Sizes:
 
 
 def sizes_of(config: RunConfig, model: Phi3VConfig) -> Sizes:
-    total = learning = largest = layer = 0
-    for name, shape in expected_shapes(model).items():
-        numel = math.prod(shape)
-        total += numel
-        largest = max(largest, numel)
-        layer += numel if name.startswith("model.layers.0.") else 0
-        learning += 0 if group_of(name) in config.model.freeze else numel
-    return Sizes(total, learning, layer, largest)
+    learns, still = ({n: math.prod(s) for n, s in each.items()} for each in shapes_of(config.model, model))
+    numels = learns | still
+    layer = sum(numel for name, numel in numels.items() if name.startswith("model.layers.0."))
+    return Sizes(sum(numels.values()), sum(learns.values()), layer, max(numels.values()))
 
 
 def fullest_row(config: RunConfig, model: Phi3VConfig) -> tuple[int, int]:

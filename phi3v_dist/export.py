@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from phi3v_dist import __version__, checkpoint
@@ -33,13 +34,7 @@ def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes:
     and so of the memory that is needed. Raises BadInputError if `source` is no checkpoint or `out` holds
     something.
     """
-    if not source.is_checkpoint:
-        raise BadInputError(
-            f"{source.directory}: is a model directory already; export takes a run or a checkpoint"
-        )
-    if out.exists() and any(out.iterdir()):
-        raise BadInputError(f"{out}: is not empty; choose another directory or remove it")
-    meta = checkpoint.read_meta(source.directory)
+    meta = _checked(source, out)
     write_hub_directory(
         out,
         model_config(source),
@@ -51,6 +46,55 @@ def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes:
     )
     write_atomically(out / "README.md", _card(source, meta).encode())
     return out
+
+
+def export_adapter(source: Source, out: Path) -> Path:
+    """Writes what a LoRA run has learnt to the directory `out` in PEFT's format; returns it.
+
+    Raises BadInputError if `source` is no checkpoint of such a run, if other weights have learnt beside the
+    adapters (these must be merged), or if `out` holds something.
+    """
+    meta = _checked(source, out)
+    adapters = checkpoint.read_adapters(source.directory)
+    if not adapters:
+        raise BadInputError(f"{source.directory}: the run had no model.lora; leave out --adapter")
+    learnt = [n for n, entry in meta["parameters"].items() if not entry["frozen"] and n not in adapters]
+    if learnt:
+        raise BadInputError(
+            f"{source.directory}: {len(learnt)} weights have learnt in full beside the adapters, such as "
+            f"{learnt[0]}, and would be lost; leave out --adapter to export all of it merged"
+        )
+    lora = meta["run"]["config"]["model"]["lora"]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": meta["run"]["config"]["model"]["path"] or meta["model_dir"],
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".lora_")[0] for name in adapters}),
+        "inference_mode": True,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapters.items()}
+    write_atomically(out / "adapter_model.safetensors", safetensors.torch.save(tensors))
+    write_atomically(out / "README.md", _card(source, meta).encode())
+    write_atomically(out / "adapter_config.json", json.dumps(config, indent=1).encode())  # last: it is whole
+    return out
+
+
+def _checked(source: Source, out: Path) -> dict[str, Any]:
+    """What the checkpoint `source` says of itself. Raises BadInputError if it is none or `out` holds
+    something.
+    """
+    if not source.is_checkpoint:
+        raise BadInputError(
+            f"{source.directory}: is a model directory already; export takes a run or a checkpoint"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise BadInputError(f"{out}: is not empty; choose another directory or remove it")
+    return checkpoint.read_meta(source.directory)
 
 
 def verify(source: Source, out: Path, dataset: str | None = None, samples: int = 4) -> list[str]:

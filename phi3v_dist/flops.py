@@ -102,11 +102,13 @@ def row_flops(run: RunConfig, model: Phi3VConfig, shape: RowShape) -> Flops:
     projector = float((4 * clip.hidden_size + hidden) * hidden * (patches // 4) * shape.views)
 
     frozen = run.model.freeze
-    decoder_learns, tower_learns = "decoder" not in frozen, "vision" not in frozen
-    projector_learns = "projector" not in frozen
-    decoder_passes = 3 if decoder_learns else 2  # forward, gradients of inputs, gradients of weights
-    tower_passes = 3 if tower_learns else 1
-    projector_passes = 1 + projector_learns + (tower_learns or projector_learns)
+    adapted = run.model.lora.parts if run.model.lora else []
+    tower_learns, projector_learns = "vision" not in frozen, "projector" not in frozen
+    # forward, gradients of inputs, gradients of weights; adapters themselves are too small to count
+    decoder_passes = 2 if "decoder" in (*frozen, *adapted) else 3
+    tower_passes = (2 if "vision" in adapted else 3) if tower_learns else 1
+    projector_in_full = projector_learns and "projector" not in adapted
+    projector_passes = 1 + projector_in_full + (tower_learns or projector_learns)
     used = (
         decoder_passes * (projections + gate_up + down + head)
         + 3 * attention

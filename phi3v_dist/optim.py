@@ -1,7 +1,7 @@
-"""Which parameters learn how fast, and when: parameter groups and the learning-rate schedule. Pure arithmetic
-and names.
+"""Which parameters learn, how fast, and when: frozen groups, adapters, parameter groups, the learning-rate
+schedule. Names and arithmetic.
 
-Called by the train loop.
+Called by the train loop, and by what works out its memory.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from typing import Any
 
 import torch
 
-from phi3v_dist.config import Group, TrainConfig
+from phi3v_dist.config import Group, ModelConfig, TrainConfig
+from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.hub import expected_shapes
+from phi3v_dist.model.lora import adapter_shapes, add_lora
+from phi3v_dist.model.modeling import Phi3VForCausalLM
 
 _VISION = "model.vision_embed_tokens.img_processor."
+Shape = tuple[int, ...]
 _PROJECTOR = "model.vision_embed_tokens."
 
 
@@ -32,6 +37,34 @@ def freeze(model: torch.nn.Module, groups: Sequence[Group]) -> None:
     for name, parameter in model.named_parameters():
         if group_of(name) in groups:
             parameter.requires_grad_(False)
+
+
+def choose_learning(model: Phi3VForCausalLM, config: ModelConfig, seed: int) -> None:
+    """Stops what `config` freezes, and puts its adapters in place: of their parts nothing else learns."""
+    freeze(model, config.freeze)
+    if config.lora is None:
+        return
+    parts = config.lora.parts
+    others = [p for n, p in model.named_parameters() if p.requires_grad and group_of(n) not in parts]
+    add_lora(model, parts, config.lora.rank, config.lora.alpha, seed)
+    for parameter in others:
+        parameter.requires_grad_(True)
+
+
+def shapes_of(config: ModelConfig, model: Phi3VConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Name -> shape of the tensors that learn under `config`, and of those that do not."""
+    learning: dict[str, Shape] = {}
+    still: dict[str, Shape] = {}
+    last = model.clip_config().num_hidden_layers - 1
+    dead = (f"{_VISION}encoder.layers.{last}.", f"{_VISION}post_layernorm.")
+    shapes = expected_shapes(model)
+    fixed = [*config.freeze, *(config.lora.parts if config.lora else [])]
+    for name, shape in shapes.items():
+        (still if group_of(name) in fixed or name.startswith(dead) else learning)[name] = shape
+    if config.lora is not None:
+        alive = {name: shape for name, shape in shapes.items() if not name.startswith(dead)}
+        learning |= adapter_shapes(alive, config.lora.parts, config.lora.rank)
+    return learning, still
 
 
 def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

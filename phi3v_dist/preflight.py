@@ -17,8 +17,7 @@ from typing import Any
 from phi3v_dist.config import RunConfig, flatten
 from phi3v_dist.data.prepare import data_fingerprint
 from phi3v_dist.model.configuration import Phi3VConfig
-from phi3v_dist.model.hub import expected_shapes
-from phi3v_dist.optim import group_of
+from phi3v_dist.optim import shapes_of
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.provenance import versions
 from shards.format import BadInputError
@@ -105,11 +104,6 @@ def checkpoint_bytes(config: RunConfig, model: Phi3VConfig) -> int:
     """Size of a checkpoint: float32 weights and two moments of what learns, and what is frozen if it is
     less.
     """
-    learning = still = 0
-    for name, shape in expected_shapes(model).items():
-        if group_of(name) in config.model.freeze:
-            still += math.prod(shape)
-        else:
-            learning += math.prod(shape)
+    learning, still = (sum(map(math.prod, each.values())) for each in shapes_of(config.model, model))
     width = 2 if config.model.dtype == "bfloat16" else 4
     return learning * 12 + (still * width if still <= learning else 0)

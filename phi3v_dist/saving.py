@@ -41,6 +41,7 @@ from phi3v_dist.checkpoint import (
     checkpoints,
     frozen,
     frozen_sums,
+    named_parameters,
     point,
     pointed,
     step_of,
@@ -352,7 +353,7 @@ class Saver:
         return self._buffer
 
     def _meta(self, progress: Progress) -> dict[str, Any]:
-        zero, module = self._engine.optimizer, self._engine.module
+        zero = self._engine.optimizer
         groups = [
             {
                 k: v
@@ -369,7 +370,7 @@ class Saver:
             "groups": groups,
             "parameters": {
                 name: {"shape": list(p.ds_shape), "frozen": not p.requires_grad}
-                for name, p in module.named_parameters()
+                for name, p in named_parameters(self._engine)
             },
             "frozen_sums": self._frozen_sums,
             "frozen_dtype": self._run["config"]["model"]["dtype"],

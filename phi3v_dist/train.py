@@ -37,7 +37,7 @@ from phi3v_dist.limits import check_limits, check_offload_path
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.model.memory import save_memory
-from phi3v_dist.optim import freeze, group_rates, learning_rate, parameter_groups, set_learning_rate
+from phi3v_dist.optim import choose_learning, group_rates, learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.origin import Origin, model_config_of, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.pulse import Pulse
@@ -445,7 +445,7 @@ def _make_engine(config: RunConfig, origin: Origin, accumulation: int, mesh: Mes
     model.vision_chunk = config.model.vision_chunk
     model.sequence = mesh.sequence
     save_memory(model, config)
-    freeze(model, config.model.freeze)
+    choose_learning(model, config.model, config.seed)
     return make_engine(model, parameter_groups(model, config.train), config, accumulation)
 
 

@@ -1,13 +1,13 @@
-"""LoRA by the names of the model's parts, through PEFT: for one GPU and for debugging.
+"""LoRA by the names of the model's parts, through PEFT's layers: for one GPU and for debugging.
 
-`add_lora` wraps the linear layers of the chosen parts; everything else stands still. `merge_lora` adds the
-learnt updates into the weights, so that `hub.write_hub_directory` exports an ordinary checkpoint.
+`add_lora` puts adapters beside the linear layers of the chosen parts, in place: the model stays what it is,
+so rows, ZeRO-3, generation and checkpoints go through it as ever. `plain_name` and `update` let a checkpoint
+be read as if the learnt updates were in the weights; `merge_lora` adds them to a whole model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ PARTS = {
     "projector": "model.vision_embed_tokens.img_projection.",
     "vision": _TOWER,  # q_proj, k_proj, v_proj, out_proj, fc1, fc2 of the layers that feed something
 }
+_ADAPTER = "default"  # PEFT's name of the only adapter
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def lora_targets(model: Phi3VForCausalLM, parts: Sequence[str]) -> list[str]:
@@ -45,24 +47,67 @@ def _is_dead(module: nn.Module) -> bool:
 
 
 def add_lora(
-    model: Phi3VForCausalLM, parts: Sequence[str], rank: int = 16, alpha: int = 32, dropout: float = 0.0
-) -> Any:
-    """The PEFT model around `model`; forward (also of a packed row), generate and gradients go through it."""
-    from peft import LoraConfig, get_peft_model
+    model: Phi3VForCausalLM, parts: Sequence[str], rank: int = 16, alpha: float = 32.0, seed: int = 0
+) -> Phi3VForCausalLM:
+    """Puts adapters on `parts` of `model` and returns it; from then on nothing learns but them. They change
+    nothing yet (B is zero); A is drawn from `seed`, alike on every rank.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=lora_targets(model, parts),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+    targets = lora_targets(model, parts)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    return model
 
 
-def merge_lora(peft_model: Any) -> Phi3VForCausalLM:
-    """The model with the updates added to its weights, under the published names, no adapters left."""
-    with torch.no_grad():
-        merged = peft_model.merge_and_unload()
-    assert isinstance(merged, Phi3VForCausalLM)
-    return merged
+def merge_lora(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
+    """Adds the updates to the weights of a whole `model` and takes the adapters away, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [(name, each) for name, each in model.named_modules() if isinstance(each, LoraLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    return model
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter without PEFT's insertions: of a weight under an adapter the published one, of
+    an adapter `LAYER.lora_A.weight`, as in PEFT's files.
+    """
+    return name.replace(".base_layer.", ".").replace(f".{_ADAPTER}.weight", ".weight")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a plain name is one of an adapter."""
+    return name.endswith((LORA_A, LORA_B))
+
+
+def adapters_of(name: str) -> tuple[str, str]:
+    """Plain names of the two factors that belong to the weight `name`."""
+    layer = name.removesuffix(".weight")
+    return layer + LORA_A, layer + LORA_B
+
+
+def update(a: torch.Tensor, b: torch.Tensor, rank: int, alpha: float) -> torch.Tensor:
+    """What an adapter adds to its weight. a: [rank, in], b: [out, rank] -> [out, in]."""
+    return (alpha / rank) * (b @ a)
+
+
+def adapter_shapes(
+    shapes: Mapping[str, tuple[int, ...]], parts: Iterable[str], rank: int
+) -> dict[str, tuple[int, ...]]:
+    """Plain names and shapes of the adapters that `add_lora` makes. shapes: of the weights that feed
+    something, under their published names.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    prefixes = tuple(PARTS[part] for part in parts)
+    for name, shape in shapes.items():
+        is_linear = len(shape) == 2 and name.endswith(".weight") and ".embeddings." not in name
+        if is_linear and name.startswith(prefixes):
+            a, b = adapters_of(name)
+            found[a], found[b] = (rank, shape[1]), (shape[0], rank)
+    return found

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from phi3v_dist.model import Phi3VForCausalLM
 from phi3v_dist.model.hub import write_hub_directory
-from phi3v_dist.model.lora import PARTS, add_lora, lora_targets, merge_lora
+from phi3v_dist.model.lora import PARTS, adapter_shapes, add_lora, lora_targets, merge_lora, plain_name
 from phi3v_dist.processor.tokenizer import train_tokenizer
 from shards.format import BadInputError
 
@@ -33,7 +33,10 @@ def test_learns_merges_and_exports(tiny, tmp_path, parts) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     row = tiny.pack([tiny.document(1, 20), tiny.document(2, 30, ((1, 2),))])
     targets = set(lora_targets(model, parts))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     adapted = add_lora(model, parts, rank=4)
+    learning = {plain_name(n): tuple(p.shape) for n, p in adapted.named_parameters() if p.requires_grad}
+    assert learning == adapter_shapes(shapes, parts, 4)
     adapted.train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses = []

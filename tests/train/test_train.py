@@ -22,7 +22,7 @@ from phi3v_dist.exits import DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
 from phi3v_dist.export import export, verify
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.model.hub import load_config as load_model_config
-from phi3v_dist.optim import learning_rate, parameter_groups, set_learning_rate
+from phi3v_dist.optim import choose_learning, learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.processor.tokenizer import load_tokenizer
 from phi3v_dist.restore import find_source, restore
 from phi3v_dist.track import read_metrics
@@ -45,6 +45,7 @@ def plain_losses(config_path: Path, init: Path) -> list[float]:
     config = load_config(config_path)
     model = build_model(load_model_config(init), torch.float32)
     load_weights(model, init)
+    choose_learning(model, config.model, config.seed)
     tokenizer = load_tokenizer(init)
     samples = read_samples(config.data.paths, "train")
     costs = sample_costs(samples, Counter(tokenizer, 1, 112))
