@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model, expected_shapes
+from phi3v_dist.model.lora import merge_lora, same_adapters
 from phi3v_dist.parallel.mesh import Mesh
 from shards.format import BadInputError
 
@@ -70,12 +71,13 @@ def keep_whole(
 
 
 def gather_whole(engine: Any, config: Phi3VConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """A plain copy, on every rank, of the model that the ZeRO-3 `engine` holds in parts.
+    """A plain copy, on every rank, of the model that the ZeRO-3 `engine` holds in parts; adapters are merged.
 
     The slices of many parameters travel together: DeepSpeed's own gathering takes a collective and two hooks
     for each.
     """
     copy = build_model(config, dtype).to(device).eval()
+    same_adapters(copy, engine.module)
     pairs = list(zip(copy.parameters(), engine.module.parameters(), strict=True))
     with torch.no_grad():
         while pairs:
@@ -85,7 +87,7 @@ def gather_whole(engine: Any, config: Phi3VConfig, dtype: torch.dtype, device: t
                 size += pairs[0][1].ds_tensor.numel()
                 together.append(pairs.pop(0))
             _gather([plain for plain, _ in together], [parts for _, parts in together])
-    return copy
+    return merge_lora(copy)
 
 
 def _gather(plain: list[torch.Tensor], parts: list[Any]) -> None:

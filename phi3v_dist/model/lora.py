@@ -62,8 +62,24 @@ def add_lora(
     return model
 
 
+def has_adapters(model: Phi3VForCausalLM) -> bool:
+    """Whether `add_lora` has been called on it (PEFT notes its configuration there)."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def same_adapters(copy: Phi3VForCausalLM, model: Phi3VForCausalLM) -> None:
+    """Puts such adapters on `copy` as `model` has, if it has any; their values are not copied."""
+    if not has_adapters(model):
+        return
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(model.peft_config[_ADAPTER], copy)
+
+
 def merge_lora(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
-    """Adds the updates to the weights of a whole `model` and takes the adapters away, in place."""
+    """Adds the updates to the weights of a whole `model` and takes the adapters, if any, away, in place."""
+    if not has_adapters(model):
+        return model
     from peft.tuners.lora import LoraLayer
 
     adapted = [(name, each) for name, each in model.named_modules() if isinstance(each, LoraLayer)]
@@ -71,6 +87,7 @@ def merge_lora(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    model.peft_config = {}
     return model
 
 
