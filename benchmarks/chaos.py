@@ -27,6 +27,7 @@ import psutil
 import torch
 import yaml
 
+from benchmarks.record import Comparison, report
 from phi3v_dist import checkpoint
 from shards.build import BuildOptions, build
 from shards.sample import make_catalogue
@@ -180,7 +181,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json")
     parser.add_argument("--work", type=Path, help="directory to keep; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -204,16 +205,11 @@ def main() -> int:
                 f"{last.fault or 'finished, bit for bit'} ({last.seconds:.0f} s)",
                 flush=True,
             )
-        survived = sum(each.fault is None for each in trials)
-        print(
-            f"{survived} of {len(trials)} kills survived: ratio {survived / max(1, len(trials)):.2f}, "
-            "bar 1.00"
-        )
-        if options.json:
-            options.json.write_text(
-                json.dumps({"survived": survived, "kills": [vars(each) for each in trials]}, indent=1) + "\n"
-            )
-    return 0 if survived == len(trials) else 1
+    survived = sum(each.fault is None for each in trials)
+    share = survived / max(1, len(trials))
+    what = "runs killed at a random moment that end bit for bit as the undisturbed one"
+    found = Comparison(what, "all of them", survived, len(trials), "runs", share, "all", share == 1)
+    return report("chaos", [found], options.json)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python benchmarks/run.py --table           only writes the table anew
 
 In: the scripts named in SCRIPTS. Out: docs/benchmarks/NAME.json and docs/benchmarks/README.md. A script that
-fails or misses its bar makes the exit status 1; the others still run. Those of a GPU (gpu.py) and of hours
-(chaos.py with many kills) are run by hand; their results are in the table if their JSON is there.
+fails or misses its bar makes the exit status 1; the others still run. That of a GPU (gpu.py) is run by hand;
+profile_loop.py compares nothing and prints a table of its own.
 """
 
 import argparse
@@ -33,6 +33,10 @@ SCRIPTS: dict[str, tuple[list[str], int]] = {
     "evaluate": ([], 600),
     "tracking": ([], 600),
     "step_overhead": ([], 600),
+    "start_up": ([], 600),
+    "sequence": ([], 900),
+    "long_context": ([], 2400),
+    "chaos": (["--kills", "30"], 5400),
 }
 
 
