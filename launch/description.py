@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from phi3v_dist.config import TrainConfig
 from shards.format import BadInputError
 
 STOP_LEAD_S = 300
@@ -70,22 +71,15 @@ class JobDescription:
         return self.cpu_processes or self.gpus_per_node
 
 
-def check_batch(job: JobDescription, global_batch: int, sp: int) -> None:
-    """Raises BadInputError if `global_batch` rows cannot be shared by the job's groups of `sp` ranks: better
+def check_batch(job: JobDescription, train: TrainConfig, sp: int) -> None:
+    """Raises BadInputError if the rows of a step cannot be shared by the job's groups of `sp` ranks: better
     now than after a wait in the queue.
     """
     ranks = job.nodes * job.processes_per_node
     size = f"{job.nodes} x {job.processes_per_node} = {ranks} ranks"
     if ranks % sp:
         raise BadInputError(f"parallel.sp={sp} does not divide the {size}; choose one that does")
-    groups = ranks // sp
-    if global_batch % groups:
-        fitting = -(-global_batch // groups) * groups
-        shared = size if sp == 1 else f"{size}, {sp} to a row"
-        raise BadInputError(
-            f"train.global_batch={global_batch} rows cannot be shared by {shared}; "
-            f"set train.global_batch={fitting}"
-        )
+    train.rows_each(ranks // sp, size if sp == 1 else f"{size}, {sp} to a row")
 
 
 @dataclass(frozen=True)

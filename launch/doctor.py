@@ -257,12 +257,13 @@ def batch(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding
     found = f"global_batch {rows} on {ranks} rank(s)" + (f", {sp} to a row" if sp > 1 else "")
     if ranks % sp:
         yield Finding("red", "batch", found, f"set parallel.sp to a divisor of {ranks}")
-    elif rows % (ranks // sp):
-        groups = ranks // sp
-        mend = f"set train.global_batch to a multiple of {groups}, such as {-(-rows // groups) * groups}"
-        yield Finding("red", "batch", found, mend)
+        return
+    try:
+        each = config.train.rows_each(ranks // sp)
+    except BadInputError as error:
+        yield Finding("red", "batch", found, str(error).rpartition("; ")[2])
     else:
-        yield Finding("green", "batch", f"{found}: {rows * sp // ranks} row(s) a step on each")
+        yield Finding("green", "batch", f"{found}: {each} row(s) a step on each")
 
 
 def memory(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -74,7 +74,7 @@ def describe(
         gpus_per_node=gpus_per_node,
         image=image,
     )
-    check_batch(job, config.train.global_batch, config.parallel.sp)
+    check_batch(job, config.train, config.parallel.sp)
     return job
 
 

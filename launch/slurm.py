@@ -121,7 +121,7 @@ def launch_slurm(
     )
     for run in runs:
         swept = load_config(config_path, run)
-        check_batch(job, swept.train.global_batch, swept.parallel.sp)
+        check_batch(job, swept.train, swept.parallel.sp)
     run_dir = load_config(config_path, overrides).run_dir.resolve()
     folder = run_dir / JOBS
     if show:

@@ -184,6 +184,19 @@ class TrainConfig(Section):
             raise ValueError("train.betas must be two numbers from 0 to below 1")
         return self
 
+    def rows_each(self, groups: int, called: str | None = None) -> int:
+        """Rows of a step for each of `groups` groups of ranks that share a row (called so in the message).
+
+        Raises BadInputError if they cannot be shared evenly.
+        """
+        if self.global_batch % groups:
+            fitting = -(-self.global_batch // groups) * groups
+            raise BadInputError(
+                f"train.global_batch={self.global_batch} rows cannot be shared by "
+                f"{called or f'{groups} ranks'}; set train.global_batch={fitting}"
+            )
+        return self.global_batch // groups
+
 
 class ParallelConfig(Section):
     """How the work is spread over ranks by ZeRO-3, and what is kept where. None of it changes the curve.

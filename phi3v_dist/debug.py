@@ -52,19 +52,16 @@ def replay(config: RunConfig, place: Place) -> Replayed:
 
     Raises BadInputError for a place that the run does not have.
     """
-    batch = config.train.global_batch
-    if batch % place.ranks:
-        raise BadInputError(f"{batch} rows a step cannot be shared by {place.ranks} ranks")
-    if not (0 <= place.rank < place.ranks and 0 <= place.micro < batch // place.ranks and place.step >= 0):
+    each = config.train.rows_each(place.ranks)
+    if not (0 <= place.rank < place.ranks and 0 <= place.micro < each and place.step >= 0):
         raise BadInputError(
-            f"{place.ranks} ranks with {batch // place.ranks} rows each a step have no rank "
-            f"{place.rank}, row "
+            f"{place.ranks} ranks with {each} rows each a step have no rank {place.rank}, row "
             f"{place.micro} of step {place.step}"
         )
     tokens = load_tokenizer(tokenizer_dir(config, config.run_dir))
     data = prepare_data(config, tokens, model_config_of(config).tile, config.run_dir / DATA, writer=False)
     end_row = data.plan.end_row(config.train.epochs) if config.train.epochs else None
-    step = data.plan.step(place.step * batch, end_row)
+    step = data.plan.step(place.step * config.train.global_batch, end_row)
     micro = rank_rows(step, data.plan.costs, place.rank, place.ranks, config.views_per_call)[place.micro]
     reader = data.maker.reader()
     try:

@@ -87,7 +87,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     check_offload_path(config)
     check_limits(config, model_config_of(config), mesh.size, gpu_bytes)
     origin = prepare_origin(config, run_dir, mesh)
-    accumulation = _accumulation(config, mesh)
+    accumulation = config.train.rows_each(mesh.dp_size)
     data = _prepare_data(config, origin, run_dir, mesh)
     plan = data.plan
     end_row = plan.end_row(config.train.epochs) if config.train.epochs else None
@@ -426,15 +426,6 @@ def _prepare_data(config: RunConfig, origin: Origin, run_dir: Path, mesh: Mesh) 
 
     mesh.on_main(make)
     return prepare(writer=mesh.is_main)
-
-
-def _accumulation(config: RunConfig, mesh: Mesh) -> int:
-    rows = config.train.global_batch
-    if rows % mesh.dp_size:
-        raise BadInputError(
-            f"train.global_batch={rows} rows cannot be shared by {mesh.dp_size} ranks; make it a multiple"
-        )
-    return rows // mesh.dp_size
 
 
 def _make_engine(config: RunConfig, origin: Origin, accumulation: int, mesh: Mesh) -> Any:

@@ -16,7 +16,6 @@ from phi3v_dist.data.prepare import prepare_data
 from phi3v_dist.data.tokens import SampleCosts
 from phi3v_dist.origin import model_config_of, tokenizer_dir
 from phi3v_dist.processor.tokenizer import load_tokenizer
-from shards.format import BadInputError
 
 LONGEST = 131_072  # positions that the published model was trained for
 _STEPS_SHOWN = 2000  # steps whose balance is worked out, evenly spread
@@ -29,10 +28,7 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
     Raises BadInputError for data or settings that training would refuse as well.
     """
     data, batch = config.data, config.train.global_batch
-    if batch % dp_size:
-        raise BadInputError(
-            f"train.global_batch={batch} rows cannot be shared by {dp_size} ranks; make it a multiple"
-        )
+    each = config.train.rows_each(dp_size)
     with tempfile.TemporaryDirectory() as scratch:  # a tokenizer that training would train is trained there
         tokenizer = load_tokenizer(tokenizer_dir(config, Path(scratch)))
         tile = model_config_of(config).tile
@@ -59,7 +55,7 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
             f"rows         {rows:,} of {data.seq_len:,} tokens an epoch, {plan.fill(0):.2%} filled, "
             f"{len(samples) / rows:.1f} samples and {costs.pictures[samples].sum() / rows:.1f} pictures "
             f"each; rows are padded to a multiple of 64, {1 - tokens.sum() / positions:.2%} of positions",
-            f"steps        {steps:,} an epoch of {batch} rows ({batch // dp_size} on each of {dp_size} "
+            f"steps        {steps:,} an epoch of {batch} rows ({each} on each of {dp_size} "
             f"ranks); {total:,} in this run",
             f"imbalance    the slowest rank does {imbalance.mean():.3f} x the mean work of its step, "
             f"{np.quantile(imbalance, 0.99):.3f} x in the worst 1%",

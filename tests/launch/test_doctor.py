@@ -42,7 +42,7 @@ def test_what_will_fail_is_red_and_says_how_to_mend_it(
     assert run_doctor(str(tiny_config), overrides, environment={"PHI3V_CPU_PROCESSES": "2"}) == 5
     reds = [line for line in capsys.readouterr().out.splitlines() if line.startswith("red")]
     assert len(reds) == 3
-    assert "shards build" in reds[0] and "set model.path" in reds[1] and "such as 4" in reds[2]
+    assert "shards build" in reds[0] and "set model.path" in reds[1] and "set train.global_batch=4" in reds[2]
 
 
 def test_shards_of_the_wrong_size_and_missing_splits_are_seen(

@@ -102,6 +102,7 @@ def test_charts_stand_any_numbers() -> None:
     ]
 
 
+@pytest.mark.system
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; the page is not opened in a browser")
 def test_a_browser_opens_it_without_a_word(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
