@@ -43,6 +43,7 @@ from phi3v_dist.processor.geometry import image_token_count, vision_calls_needed
 CHUNK, LEARNT, DOCUMENT = 64, 8, 2048
 FEATURES: dict[str, dict[str, Any]] = {
     "checkpointing": {},
+    "all kept, no checkpointing": {"checkpointing": False},
     "tiles": {"tile_mlp": 2048},
     "checkpoints on the host": {"offload_checkpoints": True},
     "optimizer on the host": {"offload_optimizer": "cpu"},

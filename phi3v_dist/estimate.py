@@ -214,14 +214,13 @@ def _vision(config: RunConfig, model: Phi3VConfig, pictures: tuple[int, int], si
     layer = patches * (12 * token + 3 * clip.intermediate_size * size)
     projector = (patches // 4) * (4 * token + 3 * model.hidden_size * size)
     tokens = mine * (patches // 4) * model.hidden_size * size
+    work, kept = 3 * tokens, []
     if config.model.gradient_checkpointing:
-        work = chunk * (layer + clip.num_hidden_layers * patches * token + projector + pixels * (4 + size))
-    else:
-        work = mine * (layer * (clip.num_hidden_layers - 1) + projector + pixels * (4 + size))
-    return [
-        Component("pictures", raw),
-        Component("vision", work + 3 * tokens, phase="vision"),
-    ]
+        work += chunk * (layer + clip.num_hidden_layers * patches * token + projector + pixels * (4 + size))
+    else:  # the decoder works while all of it is kept
+        everything = mine * (layer * (clip.num_hidden_layers - 1) + projector + pixels * (4 + size))
+        kept = [Component("activations of the tower", everything)]
+    return [Component("pictures", raw), *kept, Component("vision", work, phase="vision")]
 
 
 def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> list[str]:
