@@ -18,6 +18,7 @@ This file reads; `saving` writes. Called by the train loop (resume) and by evalu
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from phi3v_dist.manifest import COMPLETE, MANIFEST, content_fault, shallow_fault
 from phi3v_dist.model.hub import checkpoint_files
 from phi3v_dist.model.lora import adapters_of, is_adapter, plain_name, update
 from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.parallel.swapped import SwappedState
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
@@ -171,16 +173,20 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
         _check_model(engine, target, meta)
-        for name, parameter, flat, offset, count, group in trainable(engine):
-            state = optimizer.state[flat]
-            for kind in MOMENTS:
-                if kind not in state:
-                    state[kind] = torch.zeros_like(flat.data)
-                reader.fill(f"{kind}/{name}", state[kind].narrow(0, offset, count), mesh.rank)
-            state["step"] = torch.tensor(float(meta["adam_steps"][numbers[group]]))
-            master = flat.data.narrow(0, offset, count)
-            reader.fill(f"master/{name}", master, mesh.rank)
-            parameter.ds_tensor.data.copy_(master)
+        swapped = SwappedState(engine.optimizer)
+        for group, members in itertools.groupby(trainable(engine), lambda each: each[-1]):
+            swapped.hold(group)
+            for name, parameter, flat, offset, count, _ in members:
+                state = optimizer.state[flat]
+                for kind in MOMENTS:
+                    if kind not in state:
+                        state[kind] = torch.zeros_like(flat.data)
+                    reader.fill(f"{kind}/{name}", state[kind].narrow(0, offset, count), mesh.rank)
+                state["step"] = torch.tensor(float(meta["adam_steps"][numbers[group]]))
+                master = flat.data.narrow(0, offset, count)
+                reader.fill(f"master/{name}", master, mesh.rank)
+                parameter.ds_tensor.data.copy_(master)
+            swapped.release(changed=True)
         if meta["frozen_sums"] is None:
             for name, parameter in frozen(engine):
                 reader.fill(f"frozen/{name}", parameter.ds_tensor.data.view(-1), mesh.rank)

@@ -86,6 +86,9 @@ def write_tensors(path: Path, slots: Sequence[Slot], data: Iterator[torch.Tensor
             size += len(block)
             while block:  # a raw write may take less, at a full disk for one
                 block = block[stream.write(block) :]
+        expected = 8 + len(header) + sum(slot.size for slot in slots)
+        if size != expected:
+            raise OSError(f"{size} bytes of {expected} came")
         os.fsync(stream.fileno())
     return Written(path.name, size, digest.hexdigest())
 

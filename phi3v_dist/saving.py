@@ -13,9 +13,11 @@ failures in a row travels with the sums of the next step to `agree`, which stops
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import queue
 import secrets
 import shutil
 import socket
@@ -50,6 +52,7 @@ from phi3v_dist.checkpoint import (
 from phi3v_dist.config import CheckpointConfig
 from phi3v_dist.manifest import Written, lay_out, seal, sum_file, write_tensors
 from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.parallel.swapped import SwappedState
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
@@ -108,6 +111,7 @@ class Saver:
         self._engine, self._folder, self._card, self._run = engine, folder, card, run
         self._wandb_id, self._mesh, self._config = wandb_id, mesh, config
         self._life = mesh.on_main(lambda: secrets.token_hex(4))  # no two processes write into one directory
+        self._swapped = SwappedState(engine.optimizer)
         self._save: _Save | None = None
         self._saved_step = saved_step
         self._number = 0
@@ -139,12 +143,21 @@ class Saver:
             self._end(save, fault)
             return
         copied = self._snapshot()
-        chunks = self._stream() if copied is None else iter([copied])
+        handed: queue.Queue[torch.Tensor | None] | None = None
+        if copied is not None:
+            chunks: Iterator[torch.Tensor] = iter([copied])
+        elif self._swapped.is_used:
+            handed = queue.Queue(maxsize=2)
+            chunks = iter(handed.get, None)
+        else:
+            chunks = self._stream()
         meta = self._meta(progress) if self._mesh.is_main else {}
         save.thread = threading.Thread(
             target=self._write, args=(save, chunks, meta), name="save", daemon=True
         )
         save.thread.start()
+        if handed is not None:
+            self._hand(handed, save)
         if copied is None or wait:
             self._wait(save)
 
@@ -321,16 +334,22 @@ class Saver:
 
     def _sources(self) -> Iterator[tuple[str, torch.dtype, int, Callable[[], torch.Tensor]]]:
         """(name, dtype, elements, the data now) of every slice that this rank keeps."""
-        for name, _, flat, offset, count, _ in trainable(self._engine):
-            yield f"master/{name}", flat.dtype, count, partial(_part, flat.data, offset, count)
+        for name, _, flat, offset, count, group in trainable(self._engine):
+            place = (group, flat, offset, count)
+            yield f"master/{name}", flat.dtype, count, partial(self._master, *place)
             for kind in MOMENTS:
-                yield f"{kind}/{name}", flat.dtype, count, partial(self._moment, kind, flat, offset, count)
+                yield f"{kind}/{name}", flat.dtype, count, partial(self._moment, kind, *place)
         if self._frozen_sums is None:
             for name, parameter in frozen(self._engine):
                 data = parameter.ds_tensor.data.view(-1)
                 yield f"frozen/{name}", data.dtype, data.numel(), partial(_part, data, 0, data.numel())
 
-    def _moment(self, kind: str, flat: torch.Tensor, offset: int, count: int) -> torch.Tensor:
+    def _master(self, group: int, flat: torch.Tensor, offset: int, count: int) -> torch.Tensor:
+        self._swapped.hold(group)
+        return _part(flat.data, offset, count)
+
+    def _moment(self, kind: str, group: int, flat: torch.Tensor, offset: int, count: int) -> torch.Tensor:
+        self._swapped.hold(group)
         found = self._engine.optimizer.optimizer.state[flat].get(kind)
         return torch.zeros(count, dtype=flat.dtype) if found is None else _part(found, offset, count)
 
@@ -339,6 +358,27 @@ class Saver:
         data = {name: get for name, _, _, get in self._sources()}
         for slot in self._slots:
             yield data[slot.name]().cpu().contiguous()
+        self._swapped.release()
+
+    def _hand(self, handed: queue.Queue[torch.Tensor | None], save: _Save) -> None:
+        """Gives copies of the data to the thread that writes: only this thread may swap, whatever becomes of
+        the save.
+        """
+        assert save.thread is not None
+        stream: Iterator[torch.Tensor | None] = itertools.chain(map(torch.clone, self._stream()), [None])
+        for tensor in stream:
+            while save.thread.is_alive() and not self._has_ended(save):
+                try:
+                    handed.put(tensor, timeout=_POLL_S)
+                    break
+                except queue.Full:
+                    continue
+            else:  # it has failed, or took too long: the thread shall end
+                while not handed.empty():
+                    handed.get_nowait()
+                handed.put(None)
+                break
+        self._swapped.release()
 
     def _snapshot(self) -> torch.Tensor | None:
         """A copy of all slices in host memory, None without checkpoint.async or without room for it."""
@@ -348,6 +388,7 @@ class Saver:
         for slot in self._slots:
             place = self._buffer[slot.offset : slot.offset + slot.size].view(slot.dtype)
             place.copy_(data[slot.name](), non_blocking=True)
+        self._swapped.release()
         if self._mesh.device.type == "cuda":
             torch.cuda.synchronize(self._mesh.device)
         return self._buffer

@@ -139,7 +139,7 @@ def partitioned_fraction(engine: Any, mesh: Mesh) -> float:
 
     Raises RuntimeError if it is more, that is if ZeRO-3 has not partitioned them.
     """
-    held = sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
+    held = sum(engine.optimizer.fp16_partitioned_groups_flat_numel)
     total = sum(p.ds_numel for group in engine.optimizer.fp16_groups for p in group)
     if held > total / mesh.size * 1.05 + len(engine.optimizer.fp16_groups) * 4096:
         raise RuntimeError(
