@@ -224,10 +224,10 @@ def main() -> int:
 
     found = [
         Comparison(
-            f"memory of a rank at {case['tokens']:,} tokens, sp 2", "phi3v estimate", case["grown_mb"],
-            case["estimate_mb"], "MB", case["ratio"], "within 15 %", near(case),
+            f"memory of a rank at {case['tokens']:,} tokens, sp 2, {name}", "phi3v estimate",
+            case["grown_mb"], case["estimate_mb"], "MB", case["ratio"], "within 15 %", near(case),
         )
-        for case in [*rows, *features.values()]
+        for name, case in [*(("tiles", row) for row in rows), *features.items()]
     ]  # fmt: skip
     tokens, grown = ([case[key] for case in rows] for key in ("tokens", "grown_mb"))
     slope, start = np.polyfit(tokens, grown, 1)

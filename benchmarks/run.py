@@ -75,9 +75,8 @@ def table() -> str:
             continue
         for each in content["comparisons"]:
             verdict = {True: "met", False: "**missed**", None: ""}[each["met"]]
-            lines.append(
-                f"| {each['what']} | {each['peer']} | {each['ratio']:.3g} | {each['bar']} | {verdict} |"
-            )
+            cells = (each["what"], each["peer"], f"{each['ratio']:.3g}", each["bar"], verdict)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         where = content["machine"]
         sources.append(
             f"- [{file.name}]({file.name}): `{content['command']}`, {content['date']}, {where['processor']}, "
