@@ -65,7 +65,10 @@ summary{cursor:pointer;margin:.4rem 0}
 .answers tr{border:1px solid #e5e7eb;border-radius:8px;margin:0 0 .6rem;padding:.3rem}
 .answers td.n{text-align:left}.answers td[data-name]::before{content:attr(data-name) ": ";color:#4b5563}}
 @media print{body{max-width:none;font-size:11px}.charts{grid-template-columns:1fr 1fr}h2{break-after:avoid}
-tr{break-inside:avoid}.only,.only+label{display:none}pre{white-space:pre-wrap}}
+tr{break-inside:avoid}.only,.only+label{display:none}pre{white-space:pre-wrap;overflow-wrap:anywhere}
+.wide{overflow:visible}table{width:100%;font-size:8px}td,th{padding:1px 3px;overflow-wrap:anywhere}
+.text{min-width:0}td img{width:40px}.answers tr:nth-child(n+31){display:none}
+.answers::after{content:"On paper the first 30 rows at most."}}
 """
 
 
