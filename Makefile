@@ -35,6 +35,8 @@ clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import ensurepip' || \
+		{ echo 'make: $(PYTHON) cannot make a virtual environment; on Debian: apt install $(PYTHON)-venv' >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
