@@ -35,8 +35,8 @@ def finish(process: subprocess.Popen[str], timeout: float = 120.0) -> tuple[int,
     return process.returncode, output
 
 
-def run_ranks(config: Path, ranks: int, *overrides: str) -> str:
-    """Trains to the end; returns the output."""
-    code, output = finish(start_ranks(config, ranks, *overrides))
+def run_ranks(config: Path, ranks: int, *overrides: str, limit: float = 120.0) -> str:
+    """Trains to the end, within `limit` seconds; returns the output."""
+    code, output = finish(start_ranks(config, ranks, *overrides), limit)
     assert code == 0, output[-3000:]
     return output
