@@ -107,12 +107,14 @@ if [[ -n "$bad_nodes" ]]; then
     echo "slurm/train.sh: not healthy: $bad_nodes; requeueing without" >&2
     requeue 5 "$bad_nodes"
 fi
+# SIGUSR1 before the ranks could listen to it; Slurm may send it a minute early.
+((code != 128 + 10)) || requeue 3
 ((code == 0)) || exit "$code"
 
 code=0
 on_all_nodes launch node "$@" || code=$?
 echo "job $SLURM_JOB_ID: exit code $code"
-if ((code == 3)); then
+if ((code == 3 || code == 128 + 10)); then
     requeue 3
 fi
 exit "$code"

@@ -135,12 +135,26 @@ def test_signal_before_the_time_limit_checkpoints_and_requeues_up_to_the_limit(
 
 
 def test_slurm_sends_the_signal_before_the_time_limit(cluster: SlurmCluster, make_run: MakeRun) -> None:
+    """Slurm sends it up to a minute early, so 15 to 75 s after the start."""
     run = make_run(100_000)
-    job = run.submit("--gpus-per-node=1", "--time=1", "--signal=USR1@45")
+    job = run.submit("--gpus-per-node=1", "--time=2", "--signal=USR1@45")
     run.wait_for_ranks(job, 1)
-    cluster.wait_for_state(job, "PENDING", 60)
+    cluster.wait_for_state(job, "PENDING", 120)
     assert list((run.run_dir / "checkpoints").iterdir())
     assert cluster.job(job)["Restarts"] == "1"
+
+
+def test_a_signal_before_there_are_ranks_puts_the_job_back(
+    cluster: SlurmCluster, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(3)
+    flag = tmp_path / "signalled"
+    run.environment["PHI3V_HEALTH_CHECK"] = f"test -e {flag} || {{ touch {flag}; kill -USR1 $PPID; }}"
+    job = run.submit("--gpus-per-node=1")
+    cluster.wait_for_state(job, "PENDING", 30)
+    cluster.resume(job)
+    cluster.wait_for_state(job, "COMPLETED", 60)
+    assert cluster.job(job)["Restarts"] == "1" and len(run.starts()) == 1
 
 
 def test_an_unhealthy_node_is_left_out_from_then_on(cluster: SlurmCluster, make_run: MakeRun) -> None:
