@@ -31,13 +31,15 @@ class _StoppedBeforeStartError(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     """Runs torchrun with `arguments` in this process; returns the exit code."""
-    stopping = False
+    stopping = imported = False
 
     def forward(signum: int, frame: FrameType | None) -> None:
         nonlocal stopping
         ranks = psutil.Process().children()
         if not ranks and not stopping:
             stopping = True
+            if not imported:  # nothing has been opened; an exception might be caught inside a library
+                os._exit(PREEMPTED)
             raise _StoppedBeforeStartError
         if not stopping:
             stopping = True
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    imported = True
     try:
         torchrun.run(torchrun.parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *arguments]))
         return DONE
