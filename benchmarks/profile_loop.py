@@ -9,9 +9,7 @@ asynchronous. "The rest" is what the loop itself does between those calls.
 
 import argparse
 import functools
-import logging
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -24,9 +22,8 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", WANDB_MODE="disabled")
 
-import torch
 
-from benchmarks.step_overhead import Recorder, recipe
+from benchmarks.step_overhead import Recorder, be_the_only_rank, recipe
 from phi3v_dist import train as loop
 from phi3v_dist.config import load_config
 from phi3v_dist.data.feed import Feed
@@ -84,12 +81,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    be_the_only_rank()
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder, open_mesh(600.0) as mesh:
         config = load_config(recipe(Path(folder), options.steps + 3), ["name=profile"])

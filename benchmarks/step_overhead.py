@@ -99,6 +99,16 @@ class Recorder:
         return [after - before for before, after in zip(self.times[2:], self.times[3:], strict=False)]
 
 
+def be_the_only_rank() -> None:
+    """This process is rank 0 of 1, quiet and on one core."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+
+
 def bare(recorder: Recorder) -> list[float]:
     """Seconds of each step of a loop that does nothing else, on the recorded rows."""
     engine = loop._make_engine(*recorder.engine_of)
@@ -120,12 +130,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json")
     options = parser.parse_args()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    be_the_only_rank()
     found: dict[str, list[float]] = {"ours": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder, open_mesh(600.0) as mesh:
         file = recipe(Path(folder), options.steps)
