@@ -101,7 +101,7 @@ def make_engine(
         lr=config.train.lr,
         betas=(config.train.betas[0], config.train.betas[1]),
         eps=config.train.eps,
-        fused=True if config.parallel.offload_optimizer != "none" else None,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=zero_config(config, accumulation), dist_init_required=False
