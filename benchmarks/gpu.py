@@ -34,7 +34,7 @@ from phi3v_dist.flops import peak_tflops, row_flops, shape_of
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import build_model
-from phi3v_dist.model.memory import offload_checkpoints, tile_mlp
+from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
@@ -147,10 +147,7 @@ def try_settings(
     for parameter_name, parameter in model.named_parameters():
         norm = parameter_name.endswith(("norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight"))
         parameter.ds_tensor.fill_(1.0) if norm else parameter.ds_tensor.normal_(0.0, 0.02)
-    model.gradient_checkpointing_enable()
-    if run.parallel.offload_checkpoints:
-        offload_checkpoints(model)
-    tile_mlp(model, run.parallel.tile_mlp)
+    save_memory(model, run)
     engine = make_engine(model, parameter_groups(model, run.train), run, 1)
     runs: list[dict[str, Any]] = []
     for length in lengths:

@@ -17,6 +17,12 @@ Config = Annotated[str, typer.Argument(help="Recipe, such as configs/tiny.yaml."
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings on top of the recipe.")
 ]
+Partition = Annotated[str | None, typer.Option(help="Slurm partition.")]
+Account = Annotated[str | None, typer.Option(help="Slurm account.")]
+Qos = Annotated[str | None, typer.Option(help="Slurm QOS.")]
+Sbatch = Annotated[
+    list[str] | None, typer.Option(help="Other options of sbatch, such as constraint=h100; repeatable.")
+]
 
 
 @app.command()
@@ -58,12 +64,10 @@ def slurm(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, on each.")] = 8,
     cpu_processes: Annotated[int, typer.Option(help="Ranks on each without GPUs.")] = 0,
     minutes: Annotated[int, typer.Option(help="Time limit; the run requeues itself before it.")] = 24 * 60,
-    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Slurm QOS.")] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="Other options of sbatch, such as constraint=h100; repeatable.")
-    ] = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    sbatch: Sbatch = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="key=value,value: a job array, one run each; repeatable.")
     ] = None,
@@ -98,12 +102,10 @@ def shards(
     cpus: Annotated[int, typer.Option(help="Cores of a task.")] = 2,
     minutes: Annotated[int, typer.Option(help="Time limit of a task; it goes on in a new job.")] = 24 * 60,
     logs: Annotated[str, typer.Option(help="Folder for logs and submitit's files.")] = "logs/shards",
-    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Slurm QOS.")] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="Other options of sbatch, such as constraint=cpu; repeatable.")
-    ] = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    sbatch: Sbatch = None,
     show: Annotated[bool, typer.Option("--print", help="Print the batch script, submit nothing.")] = False,
 ) -> None:
     """Build shards as a Slurm job array with submitit; other options go to `phi3v shards build`."""

@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from phi3v_dist.manifest import COMPLETE, MANIFEST, content_fault, shallow_fault
 from phi3v_dist.model.hub import checkpoint_files
-from phi3v_dist.model.lora import adapters_of, is_adapter, plain_name, update
+from phi3v_dist.model.lora import adapters_of, is_adapter, update
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.swapped import SwappedState
+from phi3v_dist.state import MOMENTS, bit_sum, frozen, frozen_sums, named_parameters, trainable
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
@@ -46,7 +46,6 @@ META = "meta.json"
 LATEST = "latest"
 BEST = "best"
 FORMAT = 2
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _DAMAGED = "damaged-"
 _log = logging.getLogger(__name__)
 
@@ -256,64 +255,6 @@ def read_adapters(target: Path) -> dict[str, torch.Tensor]:
         return {n: reader.whole(f"master/{n}", math.prod(s)).view(s) for n, s in shapes.items()}
 
 
-def named_parameters(engine: Any) -> Iterator[tuple[str, Any]]:
-    """(name, parameter) of all: the published names, and those of adapters as `lora.plain_name` has them."""
-    for name, parameter in engine.module.named_parameters():
-        yield plain_name(name), parameter
-
-
-def trainable(engine: Any) -> Iterator[tuple[str, Any, torch.Tensor, int, int, int]]:
-    """(name, parameter, flat float32 partition, offset of its slice in it, elements of the slice, sub-group)
-    of each parameter that learns.
-    """
-    zero = engine.optimizer
-    names = {parameter: name for name, parameter in named_parameters(engine)}
-    for number, group in enumerate(zero.fp16_groups):
-        offset = 0
-        for parameter in group:
-            count = parameter.partition_numel()
-            yield (
-                names[parameter],
-                parameter,
-                zero.fp32_partitioned_groups_flat[number],
-                offset,
-                count,
-                number,
-            )
-            offset += count
-
-
-def frozen(engine: Any) -> Iterator[tuple[str, Any]]:
-    """(name, parameter) of each that does not learn."""
-    for name, parameter in named_parameters(engine):
-        if not parameter.requires_grad:
-            yield name, parameter
-
-
-def frozen_sums(engine: Any, mesh: Mesh) -> dict[str, int]:
-    """Of each frozen parameter, the sum of its elements read as integers, modulo 2^64: the same at any number
-    of ranks, and of any weights but the same ones most unlikely to be.
-    """
-    names, sums = [], []
-    for name, parameter in frozen(engine):
-        part = parameter.ds_tensor.data.view(-1)
-        count = min(
-            max(0, parameter.ds_numel - mesh.rank * part.numel()), part.numel()
-        )  # the rest is padding
-        names.append(name)
-        sums.append(_bit_sum(part[:count]))
-    if not names:
-        return {}
-    total = torch.stack(sums).to(mesh.device)
-    dist.all_reduce(total)
-    return dict(zip(names, total.tolist(), strict=True))
-
-
-def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
-    return tensor.contiguous().view(kind).sum(dtype=torch.int64)
-
-
 def _first_difference(theirs: dict[str, int], ours: dict[str, int]) -> str | None:
     return next((name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)), None)
 
@@ -394,7 +335,7 @@ class _Base:
             raise BadInputError(f"{self._target}: {self._meta['model_dir']} has no tensor {name}")
         dtype = getattr(torch, self._meta["frozen_dtype"])
         found: torch.Tensor = self._where[name].get_tensor(name).to(dtype)
-        if int(_bit_sum(found.view(-1))) != self._meta["frozen_sums"][name]:
+        if int(bit_sum(found.view(-1))) != self._meta["frozen_sums"][name]:
             raise BadInputError(
                 f"{self._target}: {name} in {self._meta['model_dir']} is not what the run was "
                 "trained on; "

@@ -25,6 +25,7 @@ from phi3v_dist.rundir import DATA
 from shards.format import BadInputError
 
 _SHOWN = 400  # characters of a text
+_ARRAYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles", "grids", "image_positions")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def describe(replayed: Replayed) -> Iterator[str]:
         f"{len(replayed.keys)} samples, "
         f"{replayed.loaded.tokens} tokens in {len(row.input_ids)} positions, {row.num_targets} targets"
     )
-    for name in ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles", "grids", "image_positions"):
+    for name in _ARRAYS:
         value = getattr(row, name)
         yield f"  {name:16} {str(value.dtype).removeprefix('torch.'):8} {list(value.shape)}"
     for reason in replayed.loaded.bad:
@@ -110,8 +111,7 @@ def write(replayed: Replayed, out: Path) -> Path:
     place, row = replayed.place, replayed.loaded.row
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"row-{place.step}-{place.rank}-{place.micro}.npz"
-    names = ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles", "grids", "image_positions")
-    np.savez_compressed(target, keys=np.array(replayed.keys), **{n: getattr(row, n).numpy() for n in names})
+    np.savez_compressed(target, keys=np.array(replayed.keys), **{n: getattr(row, n).numpy() for n in _ARRAYS})
     return target
 
 

@@ -13,14 +13,12 @@ failures in a row travels with the sums of the next step to `agree`, which stops
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 import queue
 import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from phi3v_dist.checkpoint import (
@@ -37,22 +34,17 @@ from phi3v_dist.checkpoint import (
     FORMAT,
     LATEST,
     META,
-    MOMENTS,
     Progress,
     checkpoint_name,
     checkpoints,
-    frozen,
-    frozen_sums,
-    named_parameters,
     point,
     pointed,
     step_of,
-    trainable,
 )
 from phi3v_dist.config import CheckpointConfig
-from phi3v_dist.manifest import Written, lay_out, seal, sum_file, write_tensors
+from phi3v_dist.manifest import Written, seal, sum_file, write_tensors
 from phi3v_dist.parallel.mesh import Mesh
-from phi3v_dist.parallel.swapped import SwappedState
+from phi3v_dist.state import KeptState, named_parameters
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
@@ -111,19 +103,13 @@ class Saver:
         self._engine, self._folder, self._card, self._run = engine, folder, card, run
         self._wandb_id, self._mesh, self._config = wandb_id, mesh, config
         self._life = mesh.on_main(lambda: secrets.token_hex(4))  # no two processes write into one directory
-        self._swapped = SwappedState(engine.optimizer)
         self._save: _Save | None = None
         self._saved_step = saved_step
         self._number = 0
         self._in_a_row = 0
         self._last = ""
         self._lock = threading.Lock()
-        few = sum(p.ds_numel for _, p in frozen(engine)) <= sum(p.ds_numel for _, p, *_ in trainable(engine))
-        self._frozen_sums = None if few else frozen_sums(engine, mesh)
-        self._slots = lay_out([(name, dtype, numel) for name, dtype, numel, _ in self._sources()])
-        self._buffer: torch.Tensor | None = None
-        if config.async_:
-            self._buffer = _host_buffer(sum(slot.size for slot in self._slots), mesh)
+        self._state = KeptState(engine, mesh, config.async_)
 
     def save(self, progress: Progress, as_best: Callable[[], None] | None = None, wait: bool = False) -> None:
         """Saves, all ranks together. as_best: if given, `best` names it from then on, and the main rank calls
@@ -142,22 +128,22 @@ class Saver:
         if fault is not None:
             self._end(save, fault)
             return
-        copied = self._snapshot()
+        copied = self._state.copy()
         handed: queue.Queue[torch.Tensor | None] | None = None
         if copied is not None:
             chunks: Iterator[torch.Tensor] = iter([copied])
-        elif self._swapped.is_used:
+        elif self._state.is_swapped:
             handed = queue.Queue(maxsize=2)
             chunks = iter(handed.get, None)
         else:
-            chunks = self._stream()
+            chunks = self._state.stream()
         meta = self._meta(progress) if self._mesh.is_main else {}
-        save.thread = threading.Thread(
+        thread = save.thread = threading.Thread(
             target=self._write, args=(save, chunks, meta), name="save", daemon=True
         )
-        save.thread.start()
+        thread.start()
         if handed is not None:
-            self._hand(handed, save)
+            self._state.hand(handed, lambda: not thread.is_alive() or self._has_ended(save))
         if copied is None or wait:
             self._wait(save)
 
@@ -258,7 +244,7 @@ class Saver:
         try:
             if self._mesh.device.type == "cuda":
                 torch.cuda.set_device(self._mesh.device)
-            written = write_tensors(save.partial / f"rank-{rank:05d}.safetensors", self._slots, chunks)
+            written = write_tensors(save.partial / f"rank-{rank:05d}.safetensors", self._state.slots, chunks)
             word: dict[str, Any] = asdict(written)
         except Exception as error:  # must reach the main rank, whatever it is
             word = {"fault": f"rank {rank}: {_said(error)}"}
@@ -332,67 +318,6 @@ class Saver:
     def _key(self, save: _Save, rank: int) -> str:
         return f"save/{self._life}/{save.number}/{rank}"
 
-    def _sources(self) -> Iterator[tuple[str, torch.dtype, int, Callable[[], torch.Tensor]]]:
-        """(name, dtype, elements, the data now) of every slice that this rank keeps."""
-        for name, _, flat, offset, count, group in trainable(self._engine):
-            place = (group, flat, offset, count)
-            yield f"master/{name}", flat.dtype, count, partial(self._master, *place)
-            for kind in MOMENTS:
-                yield f"{kind}/{name}", flat.dtype, count, partial(self._moment, kind, *place)
-        if self._frozen_sums is None:
-            for name, parameter in frozen(self._engine):
-                data = parameter.ds_tensor.data.view(-1)
-                yield f"frozen/{name}", data.dtype, data.numel(), partial(_part, data, 0, data.numel())
-
-    def _master(self, group: int, flat: torch.Tensor, offset: int, count: int) -> torch.Tensor:
-        self._swapped.hold(group)
-        return _part(flat.data, offset, count)
-
-    def _moment(self, kind: str, group: int, flat: torch.Tensor, offset: int, count: int) -> torch.Tensor:
-        self._swapped.hold(group)
-        found = self._engine.optimizer.optimizer.state[flat].get(kind)
-        return torch.zeros(count, dtype=flat.dtype) if found is None else _part(found, offset, count)
-
-    def _stream(self) -> Iterator[torch.Tensor]:
-        """The data of all slots in order, one slice at a time."""
-        data = {name: get for name, _, _, get in self._sources()}
-        for slot in self._slots:
-            yield data[slot.name]().cpu().contiguous()
-        self._swapped.release()
-
-    def _hand(self, handed: queue.Queue[torch.Tensor | None], save: _Save) -> None:
-        """Gives copies of the data to the thread that writes: only this thread may swap, whatever becomes of
-        the save.
-        """
-        assert save.thread is not None
-        stream: Iterator[torch.Tensor | None] = itertools.chain(map(torch.clone, self._stream()), [None])
-        for tensor in stream:
-            while save.thread.is_alive() and not self._has_ended(save):
-                try:
-                    handed.put(tensor, timeout=_POLL_S)
-                    break
-                except queue.Full:
-                    continue
-            else:  # it has failed, or took too long: the thread shall end
-                while not handed.empty():
-                    handed.get_nowait()
-                handed.put(None)
-                break
-        self._swapped.release()
-
-    def _snapshot(self) -> torch.Tensor | None:
-        """A copy of all slices in host memory, None without checkpoint.async or without room for it."""
-        if self._buffer is None:
-            return None
-        data = {name: get for name, _, _, get in self._sources()}
-        for slot in self._slots:
-            place = self._buffer[slot.offset : slot.offset + slot.size].view(slot.dtype)
-            place.copy_(data[slot.name](), non_blocking=True)
-        self._swapped.release()
-        if self._mesh.device.type == "cuda":
-            torch.cuda.synchronize(self._mesh.device)
-        return self._buffer
-
     def _meta(self, progress: Progress) -> dict[str, Any]:
         zero = self._engine.optimizer
         groups = [
@@ -406,14 +331,14 @@ class Saver:
         return {
             "format": FORMAT,
             "progress": asdict(progress),
-            "adam_steps": self._adam_steps(len(groups)),
+            "adam_steps": self._state.adam_steps(len(groups)),
             "world_size": self._mesh.size,
             "groups": groups,
             "parameters": {
                 name: {"shape": list(p.ds_shape), "frozen": not p.requires_grad}
                 for name, p in named_parameters(self._engine)
             },
-            "frozen_sums": self._frozen_sums,
+            "frozen_sums": self._state.frozen_sums,
             "frozen_dtype": self._run["config"]["model"]["dtype"],
             "model_dir": str(self._card.model_dir),
             "model_config": self._card.config,
@@ -422,18 +347,6 @@ class Saver:
             "wandb_id": self._wandb_id.read_text().strip() if self._wandb_id.exists() else None,
             "run": self._run,
         }
-
-    def _adam_steps(self, groups: int) -> list[float]:
-        """Adam's step of each parameter group; 0 for one that has not moved yet."""
-        zero = self._engine.optimizer
-        steps: list[set[float]] = [set() for _ in range(groups)]
-        for _, _, flat, _, _, number in trainable(self._engine):
-            state = zero.optimizer.state.get(flat, {})
-            steps[zero.sub_group_to_group_id[number]].add(float(state.get("step", 0.0)))
-        for group, found in enumerate(steps):
-            if len(found) > 1:
-                raise RuntimeError(f"Adam's step differs within parameter group {group}: {sorted(found)}")
-        return [max(found, default=0.0) for found in steps]
 
 
 def remove_old(folder: Path, config: CheckpointConfig) -> None:
@@ -464,10 +377,6 @@ def _prepare(folder: Path, partial: Path) -> None:
     partial.mkdir()
 
 
-def _part(tensor: torch.Tensor, offset: int, count: int) -> torch.Tensor:
-    return tensor.narrow(0, offset, count)
-
-
 def _fault(work: Callable[[], None]) -> str | None:
     try:
         work()
@@ -480,22 +389,3 @@ def _said(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _host_buffer(size: int, mesh: Mesh) -> torch.Tensor | None:
-    """`size` bytes of host memory, all of it taken from the system at once; None, aloud, if there is no
-    room.
-    """
-    node = socket.gethostname()
-    available = psutil.virtual_memory().available / mesh.gather(node).count(node)
-    if size > 0.8 * available:
-        _log.warning(
-            "checkpoint.async: a copy of this rank's state needs %.1f GB of host memory, %.1f GB are free; "
-            "the run will wait for its checkpoints instead", size / 1e9, available / 1e9,
-        )  # fmt: skip
-        return None
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=mesh.device.type == "cuda").fill_(0)
-    except RuntimeError as error:
-        _log.warning("checkpoint.async: no host memory for a copy (%s); the run will wait instead", error)
-        return None

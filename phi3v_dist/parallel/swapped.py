@@ -1,7 +1,7 @@
 """Optimizer state that DeepSpeed keeps in files (ZeRO-Infinity), brought to memory group by group, to be
 read or filled by checkpoints.
 
-In: a ZeRO-3 optimizer. Called by `checkpoint` and `saving`. It uses DeepSpeed's internals, as these two do,
+In: a ZeRO-3 optimizer. Called by `checkpoint` and `state`. It uses DeepSpeed's internals, as these two do,
 so DeepSpeed is pinned exactly (0.19.8).
 """
 

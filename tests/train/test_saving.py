@@ -24,6 +24,7 @@ from phi3v_dist.origin import prepare_origin
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
 from phi3v_dist.parallel.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.saving import ModelCard, Saver
+from phi3v_dist.state import MOMENTS, KeptState, trainable
 from shards.format import BadInputError
 from tests.conftest import tiny_tree
 
@@ -44,9 +45,9 @@ class Run:
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of everything that training changes."""
         found = {}
-        for name, _, flat, offset, count, _ in checkpoint.trainable(self.engine):
+        for name, _, flat, offset, count, _ in trainable(self.engine):
             found[name] = flat.data.narrow(0, offset, count).clone()
-            for kind in checkpoint.MOMENTS:
+            for kind in MOMENTS:
                 found[f"{kind}/{name}"] = (
                     self.engine.optimizer.optimizer.state[flat][kind].narrow(0, offset, count).clone()
                 )
@@ -55,7 +56,7 @@ class Run:
     def disturb(self) -> None:
         for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
             flat.data.mul_(1.5)
-            for kind in checkpoint.MOMENTS:
+            for kind in MOMENTS:
                 self.engine.optimizer.optimizer.state[flat][kind].add_(0.25)
             self.engine.optimizer.optimizer.state[flat]["step"].add_(7)
 
@@ -88,7 +89,7 @@ def _open_run(products: Path, work: Path) -> Iterator[Run]:
         for flat in engine.optimizer.fp32_partitioned_groups_flat:
             state = engine.optimizer.optimizer.state[flat]
             state["step"] = torch.tensor(3.0)
-            for place, kind in enumerate(checkpoint.MOMENTS):
+            for place, kind in enumerate(MOMENTS):
                 state[kind] = torch.rand(flat.shape, generator=torch.Generator().manual_seed(place))
         card = ModelCard(origin.model_config.to_dict(), 1, origin.model_dir, origin.tokenizer_dir)
         about = {"config": config.model_dump(mode="json"), "data_fingerprint": "f", "versions": {}}
@@ -216,7 +217,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_saves_until_there_are_too_many(
     run: Run, small_disk: Path, caplog: pytest.LogCaptureFixture, in_background: bool
 ) -> None:
-    size = sum(slot.size for slot in run.saver(small_disk)._slots)
+    size = sum(slot.size for slot in KeptState(run.engine, run.mesh, False).slots)
     subprocess.run(["mount", "-o", f"remount,size={int(1.6 * size)}", str(small_disk)], check=True)
     folder = small_disk / "checkpoints"
     saver = run.saver(folder, max_failures=2, **{"async": in_background})
@@ -290,11 +291,11 @@ def test_frozen_weights_that_outweigh_the_rest_stay_in_their_model_directory(
 ) -> None:
     """As with LoRA or a projector alone: small checkpoints, and other frozen weights are noticed."""
     full = dict(run.engine.module.named_parameters())
-    learning = {name for name, _, *_ in checkpoint.trainable(run.engine)}
+    learning = {name for name, _, *_ in trainable(run.engine)}
     groups = run.engine.optimizer.fp16_groups
     kept = [[p for p in group if p.ds_numel < 100] for group in groups]
     others = [p for name, p in full.items() if name in learning and p.ds_numel >= 100]
-    whole = sum(slot.size for slot in run.saver(tmp_path)._slots)
+    whole = sum(slot.size for slot in KeptState(run.engine, run.mesh, False).slots)
     try:
         run.engine.optimizer.fp16_groups = kept
         for parameter in others:
