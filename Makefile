@@ -1,6 +1,7 @@
 # make demo   from nothing to a fine-tuned, exported tiny model      make check  lint, format, types, shell scripts
 # make test   the tests                                              make docs   the documentation, strictly
-# make bench  the benchmarks, one table                              make clean  removes what make made
+# make bench  the benchmarks, one table                              make audit  known faults of the pinned packages
+# make clean  removes what make made
 # PYTHON: the interpreter of a new venv.  PIP_ARGS: extra arguments for pip, such as the index of CPU or CUDA wheels.
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench audit clean
 
 demo: $(READY)
 	$(BIN)/phi3v demo
@@ -30,6 +31,12 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# Packages of its own: pip-audit's must not decide what is tested.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --disable-pip-version-check --progress-bar off -q $(PIP_ARGS) pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

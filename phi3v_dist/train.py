@@ -41,7 +41,7 @@ from phi3v_dist.optim import choose_learning, group_rates, learning_rate, parame
 from phi3v_dist.origin import Origin, model_config_of, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.pulse import Pulse
-from phi3v_dist.parallel.swapped import check_swapping
+from phi3v_dist.parallel.swapped import prepare_swapping, remove_swapped
 from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
 from phi3v_dist.preflight import check_room, check_same_everywhere, fingerprint_here
 from phi3v_dist.progress import ProgressLine
@@ -74,6 +74,8 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         try:
             return _train(config, mesh, stop, pulse)
         finally:
+            if config.parallel.offload_optimizer == "nvme":
+                remove_swapped(config, mesh)
             lock.release()
 
 
@@ -87,7 +89,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     gpu_bytes = torch.cuda.mem_get_info()[1] if mesh.device.type == "cuda" else None
     check_offload_path(config)
     if config.parallel.offload_optimizer == "nvme":
-        check_swapping()
+        prepare_swapping(config, mesh)
     check_limits(config, model_config_of(config), mesh.size, gpu_bytes)
     origin = prepare_origin(config, run_dir, mesh)
     accumulation = config.train.rows_each(mesh.dp_size)

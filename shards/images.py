@@ -153,7 +153,7 @@ def reencode(
     `parse_coding` takes it; None: the format that it has.
     """
     extension, settings = parse_coding(coding or _CODING[facts.extension])
-    with Image.open(io.BytesIO(data)) as opened:
+    with Image.open(io.BytesIO(data), formats=[_FORMATS[facts.extension]]) as opened:
         image = ImageOps.exif_transpose(opened)
         transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
         if extension == "jpg" and transparent:  # onto white, as a shop shows it

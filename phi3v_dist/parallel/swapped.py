@@ -1,15 +1,28 @@
-"""Optimizer state that DeepSpeed keeps in files (ZeRO-Infinity), brought to memory group by group, to be
-read or filled by checkpoints.
+"""Optimizer state that DeepSpeed keeps in files (ZeRO-Infinity): their folder, what is needed to swap, and
+what was swapped brought to memory group by group, to be read or filled by checkpoints.
 
-In: a ZeRO-3 optimizer. Called by `checkpoint` and `state`. It uses DeepSpeed's internals, as these two do,
-so DeepSpeed is pinned exactly (0.19.8).
+In: the run's configuration; a ZeRO-3 optimizer. Called by the train loop, `checkpoint` and `state`. It uses
+DeepSpeed's internals, as these two do, so DeepSpeed is pinned exactly (0.19.8).
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from phi3v_dist.config import RunConfig
+from phi3v_dist.parallel.mesh import Mesh
 from shards.format import BadInputError
+
+_log = logging.getLogger(__name__)
 
 
 class SwappedState:
@@ -49,14 +62,51 @@ class SwappedState:
         self._held = None
 
 
-def check_swapping() -> None:
-    """Raises BadInputError if DeepSpeed cannot read and write files here as parallel.offload_optimizer=nvme
-    needs it.
+def swap_dir(config: RunConfig) -> Path:
+    """The run's own folder in parallel.offload_path. DeepSpeed names its files by rank and parameter alone,
+    so two runs on one node would write into each other's.
+    """
+    digest = hashlib.sha256(os.fsencode(config.run_dir.resolve())).hexdigest()[:12]
+    return Path(config.parallel.offload_path or "") / f"swap-{digest}"
+
+
+def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
+    """Removes what a killed start has left of the run's files, and compiles DeepSpeed's asynchronous I/O if
+    need be, once on each node. All ranks call it.
+
+    Raises BadInputError if it cannot be compiled as parallel.offload_optimizer=nvme needs it.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    if mesh.local_rank == 0:
+        shutil.rmtree(swap_dir(config), ignore_errors=True)
+    mesh.barrier()
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
         raise BadInputError(
             "parallel.offload_optimizer=nvme: DeepSpeed's asynchronous I/O needs libaio's headers and a C++ "
             "compiler on every node (Debian: libaio-dev, g++, ninja-build); install them, or offload to cpu"
         )
+    version = f"torch-{torch.__version__}-python-{platform.python_version()}"
+    folder = Path(config.parallel.offload_path or "") / "extensions" / version
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    with (folder / "turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # unlike torch's own lock files this one goes with its process
+        for left in folder.glob(
+            "*/lock"
+        ):  # by a start that was killed; torch 2.13 would wait for it for ever
+            _log.warning("%s: left by a start that was killed; removed", left)
+            left.unlink()
+        builder.load(verbose=False)
+
+
+def remove_swapped(config: RunConfig, mesh: Mesh) -> None:
+    """Removes this rank's files, and the run's folder once it is empty. The engine must be gone."""
+    folder = swap_dir(config)
+    shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{mesh.rank}", ignore_errors=True)
+    for empty in (folder / "zero_stage_3" / "optimizer", folder / "zero_stage_3", folder):
+        try:
+            empty.rmdir()
+        except OSError:  # another rank's are still there; it will do it
+            return

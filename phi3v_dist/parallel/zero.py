@@ -15,6 +15,7 @@ import torch
 from phi3v_dist.config import RunConfig
 from phi3v_dist.estimate import MAX_LIVE, REDUCE_BUCKET
 from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.parallel.swapped import swap_dir
 
 # Elements fetched ahead, about a decoder layer of the published model (113 million).
 PREFETCH_BUCKET = 125_000_000
@@ -45,7 +46,7 @@ def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
     elif parallel.offload_optimizer == "nvme":
         zero["offload_optimizer"] = {
             "device": "nvme",
-            "nvme_path": parallel.offload_path,
+            "nvme_path": str(swap_dir(config)),
             "pin_memory": pinned,
             "buffer_count": 4,  # float32 weights, their gradients, two moments
         }

@@ -11,13 +11,15 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from phi3v_dist.processor import resample
 from phi3v_dist.processor.geometry import TILE, HDGrid, hd_grid
 from shards.format import BadInputError
 
 MAX_PIXELS = 100_000_000
+# Not all that Pillow reads: it runs Ghostscript for EPS, and its rare formats are the least tested.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of the published model
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -25,11 +27,11 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture in `data` as RGB, upright (EXIF orientation applied), transparency laid over white.
 
-    16-bit grey is scaled to 8 bits, CMYK converted. Raises BadInputError if it cannot be decoded, is
-    animated, or has no or more than `max_pixels` pixels (checked before decoding).
+    16-bit grey is scaled to 8 bits, CMYK converted. Raises BadInputError if it is of none of FORMATS, cannot
+    be decoded, is animated, or has no or more than `max_pixels` pixels (checked before decoding).
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             width, height = opened.size
             if width < 1 or height < 1:
                 raise BadInputError(f"a picture of {width}x{height} px has no pixels; drop it")
@@ -46,6 +48,11 @@ def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Imag
             return _to_rgb(opened)
     except BadInputError:
         raise
+    except UnidentifiedImageError as error:
+        start = bytes(data[:16])
+        raise BadInputError(
+            f"undecodable picture: none of {', '.join(FORMATS)} (it starts with {start!r}); convert it"
+        ) from error
     except Exception as error:  # Pillow's decoders raise many types on damaged data
         raise BadInputError(f"undecodable picture ({type(error).__name__}: {error})") from error
 
