@@ -241,8 +241,11 @@ def load_rows(
     finally:
         stop.set()
         feeder.join(_CLOSING_S)
-        if feeder.is_alive():  # workers ignore SIGTERM, so one in a read that never ends must be killed
-            for worker in iterator._workers:  # type: ignore[attr-defined]
+        workers = iterator._workers  # type: ignore[attr-defined]
+        # They ignore SIGTERM. One in a read that never ends, or that waits for a lock which died with another,
+        # must be killed.
+        if feeder.is_alive() or any(worker.exitcode for worker in workers):
+            for worker in workers:
                 worker.kill()
             feeder.join()
         del iterator
