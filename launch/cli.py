@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.arguments import Config, Overrides
 from launch.cli_debug import app as debug_app
 from launch.cli_launch import app as launch_app
 from launch.cli_launch import doctor
@@ -45,9 +46,6 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(launch_app, name="launch")
 app.add_typer(debug_app, name="debug")
 app.command()(doctor)
-
-Config = Annotated[str, typer.Argument(help="YAML file, such as configs/tiny.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="dotted overrides, such as train.lr=1e-5")]
 
 
 @app.command()

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from launch.arguments import Config, Overrides
+
 app = typer.Typer(no_args_is_help=True, help="Look at one thing of a run again.")
 
 
@@ -17,9 +19,9 @@ def debug() -> None:
 
 @app.command()
 def row(
-    config: Annotated[str, typer.Argument(help="YAML file of the run, or RUN/config.yaml")],
+    config: Config,
     step: Annotated[int, typer.Argument(min=0, help="optimizer steps before it, as in logs/rows-*.jsonl")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="dotted overrides of the run")] = None,
+    overrides: Overrides = None,
     rank: Annotated[int, typer.Option(min=0, help="data-parallel rank")] = 0,
     micro: Annotated[int, typer.Option(min=0, help="accumulation step")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="data-parallel ranks of the run")] = 1,

@@ -11,12 +11,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from launch.arguments import Config, Overrides
+
 app = typer.Typer(no_args_is_help=True, help="Start a run: on this machine, under Slurm or on Kubernetes.")
 
-Config = Annotated[str, typer.Argument(help="Recipe, such as configs/tiny.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings on top of the recipe.")
-]
 Partition = Annotated[str | None, typer.Option(help="Slurm partition.")]
 Account = Annotated[str | None, typer.Option(help="Slurm account.")]
 Qos = Annotated[str | None, typer.Option(help="Slurm QOS.")]

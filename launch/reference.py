@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from phi3v_dist.config import RunConfig
+from phi3v_dist.config import RunConfig, section_of
 
 _HEAD = """# Every key of a config
 
@@ -32,7 +32,7 @@ def config_reference() -> str:
     """The page."""
     sections = [_HEAD, _section("The run", RunConfig, "")]
     for name, field in RunConfig.model_fields.items():
-        if (model := _model_of(field.annotation)) is not None:
+        if (model := section_of(field.annotation)) is not None:
             sections.append(_section(f"`{name}`", model, f"{name}."))
     return "\n".join(sections)
 
@@ -71,7 +71,7 @@ def _section(title: str, model: type[BaseModel], prefix: str) -> str:
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
     said = descriptions(model)
     for name, field in model.model_fields.items():
-        inner = _model_of(field.annotation)
+        inner = section_of(field.annotation)
         if inner is not None and not prefix:
             continue  # a section of its own
         key = f"{prefix}{field.alias or name}"
@@ -79,13 +79,6 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
         if inner is not None:
             yield from _rows(inner, f"{key}.")
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
 
 
 def _type(field: FieldInfo) -> str:
@@ -99,7 +92,7 @@ def _type(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
-    if _model_of(annotation) is not None:
+    if section_of(annotation) is not None:
         return "section"
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:

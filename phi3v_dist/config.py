@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -399,6 +399,14 @@ def _first_fault(error: ValidationError) -> str:
     return f"{name}: {message[0].lower() + message[1:]}{shown}"
 
 
+def section_of(annotation: Any, in_list: bool = False) -> type[BaseModel] | None:
+    """The section that a key of this type holds, also where it may be null. in_list: also lists of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = get_args(annotation) if in_list or get_origin(annotation) is not list else ()
+    return next((found for kind in inner if (found := section_of(kind, in_list))), None)
+
+
 def _keys_at(path: Sequence[str]) -> list[str]:
     """The valid keys of the section at a dotted path."""
     section: type[BaseModel] = RunConfig
@@ -406,10 +414,8 @@ def _keys_at(path: Sequence[str]) -> list[str]:
         if part.isdigit():  # of a list
             continue
         field = section.model_fields.get(part)
-        candidates = [field.annotation, *get_args(field.annotation)] if field else []
-        candidates += [inner for kind in candidates for inner in get_args(kind)]
-        inner = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
+        inner = section_of(field.annotation, in_list=True) if field else None
+        if inner is None:
             return []
-        section = inner[0]
+        section = inner
     return sorted(field.alias or name for name, field in section.model_fields.items())

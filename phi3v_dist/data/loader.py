@@ -241,11 +241,11 @@ def load_rows(
     finally:
         stop.set()
         feeder.join(_CLOSING_S)
-        workers = iterator._workers  # type: ignore[attr-defined]
-        # They ignore SIGTERM. One in a read that never ends, or that waits for a lock which died with another,
-        # must be killed.
-        if feeder.is_alive() or any(worker.exitcode for worker in workers):
-            for worker in workers:
+        started: Any = iterator._workers  # type: ignore[attr-defined]
+        # They ignore SIGTERM: one in a read that never ends, or waiting for a lock that died with another
+        # worker, must be killed.
+        if feeder.is_alive() or any(worker.exitcode for worker in started):
+            for worker in started:
                 worker.kill()
             feeder.join()
         del iterator
