@@ -51,7 +51,7 @@ from phi3v_dist.saving import ModelCard, Saver
 from phi3v_dist.stability import Stability
 from phi3v_dist.stop import STOP, Stop
 from phi3v_dist.track import Tracker, host_memory, watch_node
-from phi3v_dist.validation import BestSoFar, Validation
+from phi3v_dist.validation import BestSoFar, Owed, Validation
 from phi3v_dist.wandb_run import RUN_ID
 from shards.format import BadInputError
 
@@ -98,7 +98,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     end_row = plan.end_row(config.train.epochs) if config.train.epochs else None
     progress = Progress() if resume is None else Progress(**checkpoint.read_meta(resume)["progress"])
     steps = config.train.steps or progress.step + plan.steps_between(progress.rows, end_row or 0)
-    if resume is not None and progress.step >= steps:
+    owed = Owed(run_dir, progress.step, mesh)
+    if resume is not None and progress.step >= steps and owed.metrics is None:
         _log.info("%s: already finished at step %d; nothing to do", run_dir, progress.step)
         return progress
     mesh.on_main(lambda: check_room(config, origin.model_config, run_dir, resume is not None))
@@ -115,8 +116,9 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     )
     about = _about(config, fingerprint, mesh, engine)
     tracker = Tracker(config, run_dir, progress.step, about) if mesh.is_main else None
+    saved = progress.step if owed.metrics is None else 0  # again, for it may turn out to be the best
     saver = Saver(
-        engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, progress.step
+        engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, saved
     )
     stability = Stability(run_dir / "logs", mesh.rank, config.train.max_bad_steps)
     best = BestSoFar(config)
@@ -157,41 +159,46 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     exit_code = 1
     try:
         _leave_if_asked(stop, mesh)
-        while progress.step < steps:
-            step_rows = plan.step(progress.rows, end_row)
-            rate = learning_rate(progress.step, steps, config.train)
-            torch.manual_seed(config.seed + 1_000_003 * progress.step + mesh.rank)  # dropout, if there is any
-            before = progress.step
-            progress, stopping = _step(
-                engine, feed, accumulation, step_rows, rate, progress, window, quarantine, saver, stability,
-                pulse, stop, mesh, work,
-            )  # fmt: skip
+        while progress.step < steps or owed.metrics is not None:
+            before, stopping, broken_off = progress.step, False, False
+            if owed.metrics is None:
+                step_rows = plan.step(progress.rows, end_row)
+                rate = learning_rate(progress.step, steps, config.train)
+                torch.manual_seed(config.seed + 1_000_003 * progress.step + mesh.rank)  # dropout, if any
+                progress, stopping = _step(
+                    engine, feed, accumulation, step_rows, rate, progress, window, quarantine, saver,
+                    stability, pulse, stop, mesh, work,
+                )  # fmt: skip
             stepped, done = progress.step > before, progress.step == steps
 
             validating = done or (config.eval.every_steps and progress.step % config.eval.every_steps == 0)
             saving = done or stopping or progress.step % config.checkpoint.every_steps == 0
-            metrics: dict[str, float | int | None] = {}
-            # Windows end where checkpoints are, so that a run that was interrupted has the same lines.
-            if stepped and (saving or progress.step % config.track.log_every == 0):
+            metrics = owed.metrics or {}
+            # Windows end where a run may be interrupted, so that one that was has the same lines.
+            if stepped and (saving or validating or progress.step % config.track.log_every == 0):
                 metrics = window.metrics(engine, rate, step_rows.epoch, progress, config.data.seq_len, mesh)
                 metrics["train/loss_spikes"] = stability.spikes
                 line.show(progress.step, metrics)
                 window = Window(peak_tflops=peak)
-            if stepped and validating:
+            if (stepped and validating) or owed.metrics is not None:
                 pulse.at(progress.step, "evaluation")
                 began = time.perf_counter()
                 scores = validation.run(progress.step)
                 window.exclude(time.perf_counter() - began)
                 if scores is None:
-                    stopping = True
-                    _log.warning("step %d: evaluation broken off, the run is to stop", progress.step)
+                    stopping, broken_off = True, True
+                    _log.warning(
+                        "step %d: evaluation broken off, the run is to stop; the next start makes it",
+                        progress.step,
+                    )
+                    owed.note(progress.step, metrics)
                 else:
                     shown = [f"{k} {v:.4g}" for k, v in scores.items() if v is not None]
                     _log.info("step %d  %s", progress.step, "  ".join(shown))
-                    metrics |= scores
+                    metrics = {**metrics, **scores}
             is_best = best.improves(metrics)
             # The line comes before the checkpoint: whoever goes on from it finds all lines up to it.
-            if tracker is not None and metrics:
+            if tracker is not None and metrics and not broken_off:
                 tracker.log(progress.step, metrics)
             if done or stopping:
                 pulse.at(progress.step, "last save")
@@ -202,7 +209,9 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
                 saver.save(progress, best.note(progress.step, metrics) if is_best else None)
                 window.saved_in = time.perf_counter() - began
                 window.exclude(window.saved_in)
-            if stopping and not done:
+            if owed.metrics is not None and not broken_off:
+                owed.settle()
+            if stopping and (not done or broken_off):
                 if tracker is not None:
                     tracker.preempting()
                 stop.forget_file()

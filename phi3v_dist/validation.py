@@ -7,6 +7,7 @@ are gathered once where there is room (`whole`). Called by the train loop.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -136,6 +137,45 @@ class _Interruptible(Questions):
         if self._stop():
             raise BadInputError("the run is to stop")
         return super().read(places)
+
+
+class Owed:
+    """An evaluation that was broken off, kept in RUN/eval/owed.json over restarts: the next start makes it.
+
+    step, metrics: of that step, whose line is not written before the evaluation is there; None if nothing is
+    owed. The same on all ranks, which call its methods together.
+    """
+
+    def __init__(self, run_dir: Path, step: int, mesh: Mesh) -> None:
+        self._file, self._mesh = run_dir / EVALUATIONS / "owed.json", mesh
+        self.metrics: dict[str, float | int | None] | None = mesh.on_main(lambda: self._read(step))
+
+    def _read(self, step: int) -> dict[str, float | int | None] | None:
+        try:
+            record = json.loads(self._file.read_text())
+            return dict(record["metrics"]) if record["step"] == step else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note(self, step: int, metrics: dict[str, float | int | None]) -> None:
+        def write() -> None:
+            try:
+                self._file.parent.mkdir(exist_ok=True)
+                write_atomically(self._file, (json.dumps({"step": step, "metrics": metrics}) + "\n").encode())
+            except OSError as error:
+                _log.warning("%s: %s; the evaluation of step %d is lost", self._file, error.strerror, step)
+
+        self._mesh.on_main(write)
+
+    def settle(self) -> None:
+        """It has been made, and its line and checkpoint written."""
+        self.metrics = None
+
+        def remove() -> None:
+            with contextlib.suppress(OSError):
+                self._file.unlink()
+
+        self._mesh.on_main(remove)
 
 
 def evaluation_dir(run_dir: Path, step: int) -> Path:

@@ -179,6 +179,23 @@ def test_a_signal_anywhere_ends_with_a_checkpoint_after_a_step_at_most(tiny_conf
     assert f"stopped by a signal after step {checkpoint.step_of(newest)} of 40" in output
 
 
+def test_an_evaluation_that_was_broken_off_is_made_by_the_next_start(tiny_config: Path) -> None:
+    """That of the last step: nothing is left to train, and the best is only known after it."""
+    job = Job(tiny_config)
+    steps = ("train.steps=2", "eval.every_steps=0", "checkpoint.every_steps=9")
+    code, output = job.run(2, "SIGTERM:0:2:evaluation", *steps)
+    assert code == PREEMPTED and "the next start makes it" in output
+    assert list(job.losses()) == [1]
+    code, output = job.run(2, "none:9", *steps)
+    assert code == DONE and "step 2  eval/loss" in output
+    _, line = map(json.loads, (job.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert line["train/global_step"] == 2 and line["train/loss"] > 0 and line["eval/loss"] > 0
+    assert json.loads((job.run_dir / "eval/best.json").read_text())["step"] == 2
+    assert checkpoint.best(job.run_dir / "checkpoints") == job.run_dir / "checkpoints/step-000002"
+    assert not (job.run_dir / "eval/owed.json").exists()
+    assert "already finished" in job.run(2, "none:9", *steps)[1]
+
+
 def test_numbers_that_stay_bad_end_the_run_with_the_weights_as_they_were(tiny_config: Path) -> None:
     job = Job(tiny_config)
     code, output = job.run(1, "nans:0", "train.max_bad_steps=3", "train.steps=9")
