@@ -95,7 +95,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def plan(
     config: Config,
     overrides: Overrides = None,
-    dp: Annotated[int, typer.Option(min=1, help="data-parallel ranks")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Data-parallel ranks.")] = 1,
 ) -> None:
     """Show what a config makes of its data: rows, fill, steps, balance. No GPU, no picture is read.
 
@@ -113,21 +113,23 @@ def plan(
 def estimate(
     config: Config,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job")] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="GB (10^9 bytes) of one GPU")] = 80.0,
-    scaling: Annotated[bool, typer.Option("--scaling", help="time of a step on 8 to 1,024 GPUs")] = False,
-    gpu: Annotated[str, typer.Option(help="for --scaling: the GPU's name")] = "H100",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GB (10^9 bytes) of one GPU.")] = 80.0,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Time of a step on 8 to 1,024 GPUs.")] = False,
+    gpu: Annotated[str, typer.Option(help="For --scaling: the GPU's name.")] = "H100",
     efficiency: Annotated[
         float,
-        typer.Option(min=0.01, max=1, help="for --scaling: part of the peak reached (perf/hfu)"),
+        typer.Option(min=0.01, max=1, help="For --scaling: part of the peak reached (perf/hfu)."),
     ] = 0.5,
     nvlink: Annotated[
-        float | None, typer.Option(min=0.1, help="for --scaling: GB/s of a GPU, one direction, inside a node")
+        float | None,
+        typer.Option(min=0.1, help="For --scaling: GB/s of a GPU, one direction, inside a node."),
     ] = None,
     network: Annotated[
-        float | None, typer.Option(min=0.1, help="for --scaling: GB/s of a GPU, one direction, between nodes")
+        float | None,
+        typer.Option(min=0.1, help="For --scaling: GB/s of a GPU, one direction, between nodes."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="for --scaling: a page with the curve")] = None,
+    plot: Annotated[Path | None, typer.Option(help="For --scaling: a page with the curve.")] = None,
 ) -> None:
     """Show how much memory a config needs on each GPU. Neither data nor weights are needed.
 
@@ -163,31 +165,35 @@ def estimate(
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="a run (RUN:best, RUN:1500), a checkpoint, or a model directory")
+        str, typer.Argument(help="A run (RUN:best, RUN:1500), a checkpoint, or a model directory.")
     ],
-    dataset: Annotated[str, typer.Argument(help="a dataset directory of phi3v shards build")],
-    split: Annotated[str, typer.Option(help="the split to answer")] = "val",
+    dataset: Annotated[str, typer.Argument(help="A dataset directory of phi3v shards build.")],
+    split: Annotated[str, typer.Option(help="The split to answer.")] = "val",
     samples: Annotated[
-        int | None, typer.Option(min=1, help="so many of its samples, evenly spread; default all")
+        int | None, typer.Option(min=1, help="So many of its samples, evenly spread; default all.")
     ] = None,
     swap: Annotated[
-        bool, typer.Option(help="answer once more with the pictures swapped between samples")
+        bool, typer.Option(help="Answer once more with the pictures swapped between samples.")
     ] = True,
-    loss: Annotated[bool, typer.Option(help="also the loss of the reference replies")] = True,
+    loss: Annotated[bool, typer.Option(help="Also the loss of the reference replies.")] = True,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="price, category, title, exact_match, anls or module:function; repeatable"),
+        typer.Option(
+            help="Metric: price, category, title, exact_match, anls or module:function; repeatable."
+        ),
     ] = None,
     slice_by: Annotated[
-        str, typer.Option(help="field of the samples' meta to score part by part")
+        str, typer.Option(help="Field of the samples' meta to score part by part.")
     ] = "category",
-    out: Annotated[Path | None, typer.Option(help="directory for scores.json and predictions.*")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="questions answered together")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="of the swap and the confidence intervals")] = 0,
-    weights: Annotated[str, typer.Option(help="whole on every rank, partitioned (ZeRO-3), or auto")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for scores.json and predictions.*.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the swap and the confidence intervals.")] = 0,
+    weights: Annotated[
+        str, typer.Option(help="For the answers: whole on every rank, partitioned (ZeRO-3), or auto.")
+    ] = "auto",
     processes: Annotated[
-        int | None, typer.Option(min=1, help="start so many ranks on this machine; not inside torchrun")
+        int | None, typer.Option(min=1, help="Start so many ranks on this machine; not inside torchrun.")
     ] = None,
 ) -> None:
     """Answer a split by generation and score the answers, beside a constant predictor and swapped pictures.
@@ -267,18 +273,20 @@ def _shown(value: float | int | None) -> str:
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="a run (RUN:best, RUN:latest, RUN:1500) or a checkpoint")],
-    out: Annotated[Path, typer.Argument(help="directory to make")],
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: as trained")] = None,
-    max_shard_gb: Annotated[float, typer.Option(help="largest weight file, 10^9 bytes")] = 5.0,
+    model: Annotated[str, typer.Argument(help="A run (RUN:best, RUN:latest, RUN:1500) or a checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: bfloat16 or float32; default: as trained.")
+    ] = None,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, 10^9 bytes.")] = 5.0,
     verify: Annotated[
-        bool, typer.Option("--verify", help="load it again and compare weights and answers")
+        bool, typer.Option("--verify", help="Load it again and compare weights and answers.")
     ] = False,
     dataset: Annotated[
-        str | None, typer.Option(help="questions for --verify; default: the run's data")
+        str | None, typer.Option(help="Questions for --verify; default: the run's data.")
     ] = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="of a LoRA run: the adapters alone, in PEFT's format")
+        bool, typer.Option("--adapter", help="Of a LoRA run: the adapters alone, in PEFT's format.")
     ] = False,
 ) -> None:
     """Write a trained model in the published layout: safetensors, config, tokenizer, processor.
@@ -317,10 +325,10 @@ def _data_of(checkpoint: Path) -> str | None:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories; several are laid over each other")],
-    out: Annotated[Path | None, typer.Option(help="the page; default RUN/report.html of the first")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are laid over each other.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default RUN/report.html of the first.")] = None,
     sync: Annotated[
-        bool, typer.Option("--sync", help="upload to W&B what the runs recorded offline")
+        bool, typer.Option("--sync", help="Upload to W&B what the runs recorded offline.")
     ] = False,
 ) -> None:
     """Write one HTML page about one or more runs: curves, evaluations, answers. It needs no network.
@@ -343,12 +351,12 @@ def report(
 
 @app.command()
 def ask(
-    model: Annotated[str, typer.Argument(help="a run, a checkpoint, or a model directory")],
-    picture: Annotated[Path, typer.Argument(help="an image file")],
+    model: Annotated[str, typer.Argument(help="A run, a checkpoint, or a model directory.")],
+    picture: Annotated[Path, typer.Argument(help="An image file.")],
     prompt: Annotated[
-        str, typer.Option(help="the question; the picture goes in front unless it has a tag")
+        str, typer.Option(help="The question; the picture goes in front unless it has a tag.")
     ] = ("What is shown in this image?"),
-    max_new_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
 ) -> None:
     """Show a model one picture and print its answer.
 
@@ -365,14 +373,15 @@ def ask(
 
 @app.command()
 def demo(
-    config: Annotated[str, typer.Option(help="the run's config")] = "configs/tiny.yaml",
-    rows: Annotated[int, typer.Option(help="products in the catalogue")] = 2000,
+    config: Annotated[str, typer.Option(help="The run's config.")] = "configs/tiny.yaml",
+    rows: Annotated[int, typer.Option(help="Products in the catalogue.")] = 2000,
     overrides: Overrides = None,
 ) -> None:
-    """The whole job at tiny size on this machine: drawn catalogue, shards, ZeRO-3 training, evaluation,
-    export.
+    """Do the whole job at tiny size here: drawn catalogue, shards, ZeRO-3 training, evaluation, export.
 
     Run it again after an interruption: it goes on where it stopped.
+
+    Example: phi3v demo --rows 500 train.steps=50
     """
     from launch.demo import StageError, run_demo
 

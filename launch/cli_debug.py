@@ -20,15 +20,15 @@ def debug() -> None:
 @app.command()
 def row(
     config: Config,
-    step: Annotated[int, typer.Argument(min=0, help="optimizer steps before it, as in logs/rows-*.jsonl")],
+    step: Annotated[int, typer.Argument(min=0, help="Optimizer steps before it, as in logs/rows-*.jsonl.")],
     overrides: Overrides = None,
-    rank: Annotated[int, typer.Option(min=0, help="data-parallel rank")] = 0,
-    micro: Annotated[int, typer.Option(min=0, help="accumulation step")] = 0,
-    ranks: Annotated[int, typer.Option(min=1, help="data-parallel ranks of the run")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Data-parallel rank.")] = 0,
+    micro: Annotated[int, typer.Option(min=0, help="Accumulation step.")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks of the run.")] = 1,
     model: Annotated[
-        str | None, typer.Option(help="also its loss under a run, a checkpoint, or a model directory")
+        str | None, typer.Option(help="Also its loss under a run, a checkpoint, or a model directory.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="directory for its arrays as .npz")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for its arrays as .npz.")] = None,
 ) -> None:
     """Show a packed row as a rank got it: samples, texts, targets, shapes; optionally its loss.
 

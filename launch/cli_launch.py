@@ -32,7 +32,10 @@ def local(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="One process in this terminal, for pdb.")] = False,
 ) -> None:
-    """Train on this machine."""
+    """Train on this machine.
+
+    Example: phi3v launch local configs/tiny.yaml train.steps=20 --processes 2
+    """
     from launch.local import launch_local
 
     raise typer.Exit(launch_local(config, overrides or [], gpus, debug))
@@ -40,7 +43,10 @@ def local(
 
 @app.command()
 def node(config: Config, overrides: Overrides = None) -> None:
-    """Run one node's part of a Slurm job or a PyTorchJob (slurm/train.sh and k8s/ call this)."""
+    """Run one node's part of a Slurm job or a PyTorchJob (slurm/train.sh and k8s/ call this).
+
+    Example: phi3v launch node configs/burberry.yaml
+    """
     from launch.cluster import run_cluster_node
 
     raise typer.Exit(run_cluster_node(config, overrides or [], os.environ))
@@ -48,7 +54,10 @@ def node(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("check-node")
 def check_node(config: Config, overrides: Overrides = None) -> None:
-    """Look whether this node is fit for the run (slurm/train.sh calls this on every node)."""
+    """Look whether this node is fit for the run (slurm/train.sh calls this on every node).
+
+    Example: phi3v launch check-node configs/burberry.yaml
+    """
     from launch import health
 
     raise typer.Exit(health.check_node(config, overrides or [], os.environ))
@@ -72,7 +81,10 @@ def slurm(
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log; Ctrl-C cancels the job.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print the batch script, submit nothing.")] = False,
 ) -> None:
-    """Submit to Slurm with submitit, from a snapshot of the code."""
+    """Submit to Slurm with submitit, from a snapshot of the code.
+
+    Example: phi3v launch slurm configs/burberry.yaml --nodes 2 --gpus-per-node 8 --print
+    """
     from launch.slurm import SlurmOptions, launch_slurm
 
     options = SlurmOptions(partition=partition, account=account, qos=qos, more=_more(sbatch))
@@ -106,7 +118,10 @@ def shards(
     sbatch: Sbatch = None,
     show: Annotated[bool, typer.Option("--print", help="Print the batch script, submit nothing.")] = False,
 ) -> None:
-    """Build shards as a Slurm job array with submitit; other options go to `phi3v shards build`."""
+    """Build shards as a Slurm job array with submitit; other options go to `phi3v shards build`.
+
+    Example: phi3v launch shards products.csv --out /shared/products --tasks 16 --group-by product_code
+    """
     from launch.shards_array import launch_shards
     from launch.slurm import SlurmOptions
 
@@ -145,7 +160,10 @@ def k8s(
     apply: Annotated[bool, typer.Option("--apply", help="Hand them to kubectl.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print them; the default.")] = False,
 ) -> None:
-    """Print or apply the Kubernetes objects of a run."""
+    """Print or apply the Kubernetes objects of a run.
+
+    Example: phi3v launch k8s configs/burberry.yaml --nodes 2 --out manifests
+    """
     from launch.k8s import IMAGE, KubernetesOptions, launch_k8s
 
     options = KubernetesOptions(namespace, data_size, runs_size, operator)
@@ -163,7 +181,10 @@ def doctor(
     k8s: Annotated[bool, typer.Option("--k8s", help="Also the Kubernetes cluster.")] = False,
     bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Also time an all-reduce here.")] = False,
 ) -> None:
-    """Find what would go wrong before it costs GPU hours; exit code 5 if anything would fail."""
+    """Find what would go wrong before it costs GPU hours; exit code 5 if anything would fail.
+
+    Example: phi3v doctor configs/burberry.yaml --slurm
+    """
     from launch.doctor import run_doctor
 
     raise typer.Exit(run_doctor(config, overrides or [], slurm, k8s, bandwidth))

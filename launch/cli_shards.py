@@ -49,7 +49,10 @@ def sample(
     ] = False,
     port: Annotated[int, typer.Option(help="Port of --serve; 0: that of the last time, or any.")] = 0,
 ) -> None:
-    """Draws a product catalogue (CSV and pictures) to try everything on."""
+    """Draw a product catalogue (CSV and pictures) to try everything on.
+
+    Example: phi3v shards sample --out data/catalogue --rows 2000
+    """
     from shards.sample import make_catalogue, serve_catalogue
 
     table = make_catalogue(out, rows, seed)
@@ -130,7 +133,10 @@ def build(
         typer.Option(help="Serve this catalogue of `shards sample` on loopback meanwhile (and allow it)."),
     ] = None,
 ) -> None:
-    """Fetches and checks the images of SOURCE and writes shards; run it again to go on where it stopped."""
+    """Fetch and check the images of SOURCE and write shards; run it again to go on where it stopped.
+
+    Example: phi3v shards build products.csv --out data/shop --group-by product_code
+    """
     from shards.build import build as build_all
     from shards.build import build_task
     from shards.build import retry_failed as build_retry
@@ -207,7 +213,10 @@ def index(
         str | None, typer.Option(help="Where tars of an object store are looked at (default: cache).")
     ] = None,
 ) -> None:
-    """Makes index and dataset.json for tars that someone else wrote; the tars stay as they are."""
+    """Make index and dataset.json for tars that someone else wrote; the tars stay as they are.
+
+    Example: phi3v shards index data/tars --prompt 'Describe it.' --answer '{txt}'
+    """
     from shards.index import IndexOptions, build_index
 
     options = IndexOptions(
@@ -232,6 +241,8 @@ def verify(
     """Checks checksums, tars, index, messages and images; exit code 4 if anything is wrong.
 
     Where several tasks have built the dataset, it first closes the set.
+
+    Example: phi3v shards verify data/shop --decode 0.1
     """
     from phi3v_dist.exits import DIVERGED
     from shards.build import close_tasks, waits_for_close
@@ -256,7 +267,10 @@ def inspect(
     directory: Annotated[str, typer.Argument(help="A dataset directory.")],
     html: Annotated[Path | None, typer.Option(help="Also write a page with pictures and histograms.")] = None,
 ) -> None:
-    """Prints counts, image sizes, text lengths, duplicates and failed rows."""
+    """Print counts, image sizes, text lengths, duplicates and failed rows.
+
+    Example: phi3v shards inspect data/shop --html shop.html
+    """
     from shards.atomic import write_atomically
     from shards.inspect import Spread
     from shards.inspect import inspect as inspect_dataset
