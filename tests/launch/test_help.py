@@ -1,4 +1,4 @@
-"""The help of every command: what it does, an example that the command takes, options that say what they are."""
+"""The help of every command: what it does, an example that it takes, options that say what they are."""
 
 import inspect
 import re
