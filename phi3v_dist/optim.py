@@ -56,7 +56,8 @@ def shapes_of(config: ModelConfig, model: Phi3VConfig) -> tuple[dict[str, Shape]
     learning: dict[str, Shape] = {}
     still: dict[str, Shape] = {}
     last = model.clip_config().num_hidden_layers - 1
-    dead = (f"{_VISION}encoder.layers.{last}.", f"{_VISION}post_layernorm.")
+    tower = f"{_VISION}vision_model."
+    dead = (f"{tower}encoder.layers.{last}.", f"{tower}post_layernorm.")
     shapes = expected_shapes(model)
     fixed = [*config.freeze, *(config.lora.parts if config.lora else [])]
     for name, shape in shapes.items():

@@ -56,8 +56,11 @@ class LossHead(nn.Linear):
         """hidden [..., H] -> logits [..., V]; with targets int64 [N], hidden [N, H]: sum of NLL, float32."""
         if targets is None:
             return F.linear(hidden, self.weight)
-        # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13).
+        # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13). So would
+        # every policy but "auto" the exponentials of a token: a loss below 0.005 would come out as 0.
         options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
+        if hidden.dtype in (torch.bfloat16, torch.float16):
+            options = nn.LinearCrossEntropyOptions(acc_dtype=torch.float32)
         nll = F.linear_cross_entropy(hidden, self.weight, targets, reduction="none", options=options)
         return nll.float().sum()
 
