@@ -22,8 +22,8 @@ def save_memory(model: Phi3VForCausalLM, config: RunConfig) -> None:
     """Checkpointing of the layers, their inputs on the host and tiled MLPs, as `config` says."""
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        # transformers makes the embeddings ask for gradients, CLIP's of the patches too: a frozen tower would be
-        # computed again and gone back through for nothing. Those of the text stay so, for a frozen decoder.
+        # transformers makes the embeddings ask for gradients, CLIP's of the patches too: a frozen tower would
+        # be computed again and gone back through for nothing. Those of the text stay so, for a frozen decoder.
         model.disable_input_require_grads()
         model.get_input_embeddings().register_forward_hook(_asking)
         if config.parallel.offload_checkpoints:

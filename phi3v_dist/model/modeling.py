@@ -57,7 +57,7 @@ class LossHead(nn.Linear):
         if targets is None:
             return F.linear(hidden, self.weight)
         # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13). So would
-        # every policy but "auto" the exponentials of a token: a loss below 0.005 would come out as 0.
+        # every policy the exponentials of a token, without acc_dtype: losses below 0.005 would come out as 0.
         options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
         if hidden.dtype in (torch.bfloat16, torch.float16):
             options = nn.LinearCrossEntropyOptions(acc_dtype=torch.float32)

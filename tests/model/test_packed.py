@@ -203,7 +203,7 @@ def test_bf16_stays_near_float32(tiny, six) -> None:
 
 
 def test_the_loss_of_confident_tokens_is_not_rounded_away_in_bf16() -> None:
-    """The better a model is the smaller its losses: sums of exponentials in bf16 would make half of them 0."""
+    """The better a model, the smaller its losses: sums of exponentials in bf16 make half of them 0."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(4000, 256, generator=draw).to(torch.bfloat16)
     targets = torch.randint(0, 4000, (256,), generator=draw)

@@ -151,6 +151,7 @@ def test_a_signal_before_there_are_ranks_puts_the_job_back(
     flag = tmp_path / "signalled"
     run.environment["PHI3V_HEALTH_CHECK"] = f"test -e {flag} || {{ touch {flag}; kill -USR1 $PPID; }}"
     job = run.submit("--gpus-per-node=1")
+    wait_for(flag.exists, 30, "the signal")  # it has begun: PENDING now means that it is back in the queue
     cluster.wait_for_state(job, "PENDING", 30)
     cluster.resume(job)
     cluster.wait_for_state(job, "COMPLETED", 60)
