@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +28,9 @@ Group = Literal["vision", "projector", "decoder"]
 class Section(BaseModel):
     """A node of the tree: frozen, no keys but its own, no silent conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, serialize_by_alias=True, allow_inf_nan=False
+    )
 
 
 class LoraConfig(Section):
@@ -167,7 +169,7 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0)
     global_batch: int = Field(8, ge=1)
     lr: float = Field(1e-5, gt=0)
-    lr_scale: dict[Group, float] = {}
+    lr_scale: dict[Group, Annotated[float, Field(ge=0)]] = {}
     warmup_steps: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)

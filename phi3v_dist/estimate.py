@@ -224,7 +224,7 @@ def _vision(config: RunConfig, model: Phi3VConfig, pictures: tuple[int, int], si
 
 
 def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> list[str]:
-    """Changes that help, each one that makes it fit alone first; at most three."""
+    """Changes that make it fit: at most three that do so alone, else as few as do so together."""
     changes: list[tuple[str, dict[str, dict[str, object]]]] = []
     parallel = config.parallel
     heads = math.gcd(model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads)
@@ -245,20 +245,32 @@ def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> 
     changes.append(
         (f"data.seq_len={config.data.seq_len // 2}", {"data": {"seq_len": config.data.seq_len // 2}})
     )
-    saved = []
-    for name, change in changes:
-        changed = config.model_copy(
-            update={
-                section: getattr(config, section).model_copy(update=values)
-                for section, values in change.items()
-            }
-        )
-        saved.append((estimate(changed, model, gpus).total, name))
-    alone = [f"{name} makes it {total / 1e9:.0f} GB" for total, name in saved if total <= gpu_bytes]
+    saved = [
+        (estimate(_changed(config, change), model, gpus).total, name, change) for name, change in changes
+    ]
+    alone = [f"{name} makes it {total / 1e9:.0f} GB" for total, name, _ in saved if total <= gpu_bytes]
     if alone:
         return alone[:3]
-    best = [name for _, name in sorted(saved)[:3]]
-    return [f"together {', '.join(best)}, or more GPUs"]
+    best: dict[str, dict[str, dict[str, object]]] = {}  # of each key its best value, the best keys first
+    for _, name, change in sorted(saved, key=lambda each: ("seq_len" in each[1], each[0])):
+        if not any(name.partition("=")[0] == taken.partition("=")[0] for taken in best):
+            best[name] = change
+    together, names = config, []
+    for name, change in best.items():
+        together = _changed(together, change)
+        names.append(name)
+        total = estimate(together, model, gpus).total
+        if total <= gpu_bytes:
+            return [f"{', '.join(names)} together: {total / 1e9:.0f} GB"]
+    return [f"all of {', '.join(names)} (still {total / 1e9:.0f} GB), and more or larger GPUs"]
+
+
+def _changed(config: RunConfig, change: dict[str, dict[str, object]]) -> RunConfig:
+    return config.model_copy(
+        update={
+            section: getattr(config, section).model_copy(update=values) for section, values in change.items()
+        }
+    )
 
 
 def describe(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> list[str]:

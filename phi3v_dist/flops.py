@@ -9,14 +9,18 @@ benchmarks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.row import PackedRow
+
+Entry = TypeVar("Entry")
 
 # Dense bf16 TFLOP/s from the vendors' data sheets, by a part of the device's name; the longest that fits.
 PEAK_TFLOPS = {
@@ -69,8 +73,13 @@ def peak_tflops(device: torch.device) -> float | None:
 
 def known_peak(device_name: str) -> float | None:
     """The table's peak of a GPU by its name."""
-    names = [name for name in PEAK_TFLOPS if name in device_name]
-    return PEAK_TFLOPS[max(names, key=len)] if names else None
+    return by_name(PEAK_TFLOPS, device_name)
+
+
+def by_name(table: Mapping[str, Entry], device_name: str) -> Entry | None:
+    """The entry whose name is the longest that stands in `device_name` as whole words, None without one."""
+    names = [name for name in table if re.search(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9])", device_name)]
+    return table[max(names, key=len)] if names else None
 
 
 def shape_of(row: PackedRow, tokens: int) -> RowShape:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.estimate import fullest_row, sizes_of
-from phi3v_dist.flops import RowShape, known_peak, row_flops
+from phi3v_dist.flops import RowShape, by_name, known_peak, row_flops
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.report.charts import Curve, chart
 from shards.format import BadInputError
@@ -60,9 +60,10 @@ class Cluster:
 
 # Links of one GPU in one direction, GB/s, from data sheets: NVLink or PCIe, and one network adapter for each
 # GPU, as clouds and vendors build them (400 Gbit/s for H100 and later, 200 for A100, 100 without NVLink).
-_LINKS = {"A100": (300, 25), "A800": (200, 25), "H100": (450, 50), "H200": (450, 50), "H800": (200, 50),
-          "GH200": (450, 50), "B200": (900, 50), "MI300X": (448, 50)}  # fmt: skip
 _PCIE = (25.0, 12.5)
+_LINKS = {"A100": (300, 25), "A800": (200, 25), "H100": (450, 50), "H100 PCIe": _PCIE, "H100 NVL": _PCIE,
+          "H200": (450, 50), "H800": (200, 50),
+          "GH200": (450, 50), "B200": (900, 50), "MI300X": (448, 50)}  # fmt: skip
 
 
 def cluster(
@@ -74,7 +75,7 @@ def cluster(
     peak = known_peak(gpu)
     if peak is None:
         raise BadInputError(f"no GPU {gpu!r} is known; name one such as A100, H100, H200, B200, L40S")
-    usual = next((links for name, links in _LINKS.items() if name in gpu), _PCIE)
+    usual = by_name(_LINKS, gpu) or _PCIE
     return Cluster(peak * 1e12, (inside or usual[0]) * GB, (across or usual[1]) * GB, efficiency=efficiency)
 
 

@@ -46,6 +46,11 @@ def test_the_written_config_reads_back_equal(minimal: Path, tmp_path: Path) -> N
         ("modle.path=x", "unknown key modle; did you mean model?"),
         ("parallel.zzzzzz=1", "unknown key parallel.zzzzzz; valid here: offload_checkpoints"),
         ("train.lr=fast", "train.lr: input should be a valid number (found 'fast')"),
+        ("train.lr=.inf", "train.lr: input should be a finite number"),
+        (
+            "train.lr_scale={vision: -1.0}",
+            "train.lr_scale.vision: input should be greater than or equal to 0",
+        ),
         ("train.steps=2.5", "train.steps: input should be a valid integer"),
         ("train.steps=null", "exactly one of train.steps and train.epochs"),
         ("train.epochs=1", "exactly one of train.steps and train.epochs"),

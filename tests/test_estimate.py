@@ -75,7 +75,13 @@ def test_it_says_what_to_change_and_that_helps() -> None:
     assert any("of 60 GB: does not fit" in line for line in text)
     assert "parallel.sp=2" in advice(config, model, 8, 60 * GB)[0]
     assert estimate(load("full-128k", "parallel.sp=2", "parallel.tile_mlp=0"), model, 8).total < 60 * GB
-    assert advice(config, model, 8, 10 * GB)[0].startswith("together ")
+    (words,) = advice(config, model, 8, 10 * GB)
+    changes, total = words.split(" together: ")
+    keys = [change.split("=")[0] for change in changes.split(", ")]
+    assert len({*keys}) == len(keys) > 1 and "data.seq_len" not in keys
+    both = load("full-128k", "parallel.tile_mlp=0", *changes.split(", "))
+    assert f"{estimate(both, model, 8).total / GB:.0f} GB" == total
+    assert advice(config, model, 8, 2 * GB)[0].startswith("all of ")
 
 
 def test_no_component_is_a_square_of_the_row_or_all_logits() -> None:

@@ -69,3 +69,5 @@ def test_utilisation_and_the_table_of_peaks() -> None:
     assert utilisation(Flops(1e12, 1e12), 1.0, 1, None)["perf/mfu"] is None
     assert known_peak("NVIDIA H100 80GB HBM3") == 989.0 and known_peak("NVIDIA H100 PCIe") == 756.0
     assert known_peak("NVIDIA L40S") == 362.0 and known_peak("Some GPU") is None
+    assert known_peak("NVIDIA RTX A1000") is None and known_peak("NVIDIA A10G") is None
+    assert known_peak("NVIDIA A100-SXM4-80GB") == 312.0 and known_peak("NVIDIA GH200 480GB") == 989.0

@@ -86,10 +86,9 @@ class Phi3VConfig(PretrainedConfig):
         kwargs.pop("auto_map", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if not isinstance(self.clip_vision_config, dict | None):
-            raise BadInputError(
-                f"config: clip_vision_config is {self.clip_vision_config!r}, expected its fields"
-            )
+        for name in ("clip_vision_config", "rope_scaling", "img_processor", "embd_layer"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise BadInputError(f"config: {name} is {getattr(self, name)!r}, expected its fields")
         clip = {**CLIP_L_14_336, **(self.clip_vision_config or {})}
         scaling = self.rope_scaling
         if scaling is not None and scaling.get("type", scaling.get("rope_type")) in ("su", "longrope"):
@@ -117,6 +116,13 @@ class Phi3VConfig(PretrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int | float) or value <= 0:
                 raise BadInputError(f"config: {name} is {value!r}, expected a number above 0")
+        for name in ("pad_token_id", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise BadInputError(f"config: {name} is {value!r}, expected a whole number or null")
+        for name in ("attention_dropout", "embd_pdrop"):
+            if getattr(self, name):
+                raise BadInputError(f"config: {name} is {getattr(self, name)!r}, only 0 is supported")
         heads, groups = self.num_attention_heads, self.num_key_value_heads or 1
         if self.hidden_size % heads or heads % groups:
             raise BadInputError(
@@ -169,6 +175,8 @@ class Phi3VConfig(PretrainedConfig):
                 raise BadInputError(
                     f"config: rope_scaling.{name} has {found}, head_dim {head_dim} needs {head_dim // 2}"
                 )
+            if not all(isinstance(each, int | float) and each > 0 for each in factor):
+                raise BadInputError(f"config: rope_scaling.{name} must hold numbers above 0 alone")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ def save_memory(model: Phi3VForCausalLM, config: RunConfig) -> None:
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # transformers makes the embeddings ask for gradients, CLIP's of the patches too: a frozen tower would
-        # be computed again and gone back through for nothing. Those of the text stay so, for a frozen decoder.
+        # be computed again and gone back through for nothing. The text's stay so, for a frozen decoder.
         model.disable_input_require_grads()
         model.get_input_embeddings().register_forward_hook(_asking)
         if config.parallel.offload_checkpoints:

@@ -56,8 +56,8 @@ class LossHead(nn.Linear):
         """hidden [..., H] -> logits [..., V]; with targets int64 [N], hidden [N, H]: sum of NLL, float32."""
         if targets is None:
             return F.linear(hidden, self.weight)
-        # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13). So would
-        # every policy the exponentials of a token, without acc_dtype: losses below 0.005 would come out as 0.
+        # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13). Without
+        # acc_dtype the exponentials of a token are summed so as well: losses below 0.005 came out as 0.
         options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
         if hidden.dtype in (torch.bfloat16, torch.float16):
             options = nn.LinearCrossEntropyOptions(acc_dtype=torch.float32)
