@@ -10,6 +10,7 @@ different, and no process is left. The peer in the same run is that undisturbed 
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -40,10 +41,13 @@ LIMIT_S = 420.0
 
 @dataclass(frozen=True)
 class Trial:
-    """What was done to one run and what became of it. fault: None if it survived."""
+    """What was done to one run and what became of it. killed: processes; none of a run that had ended before.
+    fault: None if it survived.
+    """
 
     number: int
     kind: str
+    killed: int
     killed_at_s: float
     steps_before: int
     seconds: float
@@ -70,33 +74,42 @@ def tiny_run(work: Path) -> Path:
 def start(config: Path, name: str, ranks: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "launch.cli", "launch", "local", str(config)]
     command += ["--processes", str(ranks), f"name={name}"]
-    log = (config.parent / f"{name}.log").open("ab")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(
-        command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
-    )
+    with (config.parent / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+        )
 
 
-def processes_of(name: str, word: str = "") -> list[psutil.Process]:
-    """The processes of a run, by its name and a word on their command lines."""
+def processes_of(config: Path, name: str, word: str = "", but: str | None = None) -> list[psutil.Process]:
+    """The processes of this run of this config, with `word` and without `but` on their command lines."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if f"name={name}" in line and word in line and process.pid != os.getpid():
-            found.append(process)
+        if str(config) in line and f"name={name}" in line and word in line and process.pid != os.getpid():
+            if but is None or but not in line:
+                found.append(process)
     return found
 
 
-def kill(processes: list[psutil.Process]) -> None:
+def kill(processes: list[psutil.Process]) -> int:
+    """How many of them were still there to be killed."""
+    killed = 0
     for process in processes:
         try:
             process.kill()
+            killed += 1
         except psutil.NoSuchProcess:
             continue
+    return killed
 
 
-def disturb(kind: str, delay_s: float, chance: random.Random, name: str, run_dir: Path, run: Any) -> None:
-    """Waits for the moment, then kills; does nothing to a run that has ended by then."""
+def disturb(
+    kind: str, delay_s: float, chance: random.Random, config: Path, name: str, run_dir: Path, run: Any
+) -> int:
+    """Waits for the moment, then kills; returns how many processes, 0 for a run that had ended by then. A
+    rank can only be killed once there is one.
+    """
     began = time.monotonic()
     if kind == "rank in a save":
         saves = chance.randint(1, STEPS // EVERY)
@@ -111,13 +124,14 @@ def disturb(kind: str, delay_s: float, chance: random.Random, name: str, run_dir
         while run.poll() is None and time.monotonic() - began < delay_s:
             time.sleep(0.02)
     if kind == "launcher":
-        kill([psutil.Process(run.pid)] if run.poll() is None else [])
-    elif kind == "everything":
-        kill(processes_of(name))
-    else:
-        ranks = sorted(processes_of(name, "launch.rank"), key=lambda each: each.pid)
-        ranks = [each for each in ranks if "launch.agent" not in " ".join(each.cmdline())]
-        kill([chance.choice(ranks)] if ranks else [])
+        return kill([psutil.Process(run.pid)] if run.poll() is None else [])
+    if kind == "everything":
+        return kill(processes_of(config, name))
+    ranks: list[psutil.Process] = []
+    while not ranks and run.poll() is None and time.monotonic() - began < LIMIT_S:
+        ranks = sorted(processes_of(config, name, "launch.rank", "launch.agent"), key=lambda each: each.pid)
+        time.sleep(0.02)
+    return kill([chance.choice(ranks)] if ranks else [])
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -138,12 +152,12 @@ def fault_of(config: Path, name: str, ranks: int, straight: Path) -> str | None:
     try:
         code = again.wait(LIMIT_S)
     except subprocess.TimeoutExpired:
-        kill(processes_of(name))
+        kill(processes_of(config, name))
         return f"the second start still ran after {LIMIT_S:g} s"
     if code:
         return f"the second start ended with {code}"
     time.sleep(1.5)
-    if left := processes_of(name):
+    if left := processes_of(config, name):
         kill(left)
         return f"{len(left)} processes were left running"
     ours, theirs = weights(run_dir), weights(straight)
@@ -161,19 +175,19 @@ def trial(number: int, config: Path, ranks: int, straight: Path, length_s: float
     kind, name, began = KINDS[number % len(KINDS)], f"chaos-{number:03d}", time.monotonic()
     run = start(config, name, ranks)
     run_dir = straight.parent / name
-    disturb(kind, chance.random() * length_s, chance, name, run_dir, run)
+    killed = disturb(kind, chance.random() * length_s, chance, config, name, run_dir, run)
     killed_at = time.monotonic() - began
     before = [checkpoint.step_of(path) for path in checkpoint.checkpoints(run_dir / "checkpoints")]
     if kind != "launcher":  # its ranks save and end by themselves, the second start has to wait for them
         try:
             run.wait(120)
         except subprocess.TimeoutExpired:
-            kill(processes_of(name))
-            return Trial(number, kind, killed_at, 0, 0, "the launcher did not notice within 120 s")
+            kill(processes_of(config, name))
+            return Trial(number, kind, killed, killed_at, 0, 0, "the launcher did not notice within 120 s")
     else:
         run.wait(10)
     fault = fault_of(config, name, ranks, straight)
-    return Trial(number, kind, killed_at, max(before, default=0), time.monotonic() - began, fault)
+    return Trial(number, kind, killed, killed_at, max(before, default=0), time.monotonic() - began, fault)
 
 
 def main() -> int:
@@ -193,12 +207,16 @@ def main() -> int:
             return 1
         length_s = time.monotonic() - began
         print(f"undisturbed: {STEPS} steps on {options.ranks} ranks in {length_s:.1f} s, seed {options.seed}")
-        trials = []
-        for number in range(options.kills):
-            trials.append(
-                trial(number, config, options.ranks, work / "runs/straight", length_s, options.seed)
-            )
-            last = trials[-1]
+        trials: list[Trial] = []
+        for number in itertools.count():
+            if len(trials) == options.kills:
+                break
+            last = trial(number, config, options.ranks, work / "runs/straight", length_s, options.seed)
+            if last.killed or last.fault is not None:
+                trials.append(last)
+            else:
+                print(f"{number:3d} {last.kind:15} had ended before; drawn again")
+                continue
             print(
                 f"{number:3d} {last.kind:15} after {last.killed_at_s:5.1f} s, newest checkpoint "
                 f"{last.steps_before:2d}: "
