@@ -86,9 +86,9 @@ def processes_of(config: Path, name: str, word: str = "", but: str | None = None
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if str(config) in line and f"name={name}" in line and word in line and process.pid != os.getpid():
-            if but is None or but not in line:
-                found.append(process)
+        is_ours = str(config) in line and f"name={name}" in line and process.pid != os.getpid()
+        if is_ours and word in line and (but is None or but not in line):
+            found.append(process)
     return found
 
 
