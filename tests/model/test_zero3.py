@@ -4,9 +4,6 @@ One rank's row has pictures and the other's has none; both call the tower as oft
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 
 from phi3v_dist.model.hub import build_model, init_random_checkpoint, load_config, load_weights
 from phi3v_dist.processor.tokenizer import train_tokenizer
+from tests.train.ranks import finish, start
 
 RANKS = 2
 
@@ -34,22 +32,10 @@ def ranks(tiny, tmp_path_factory) -> Path:
     ]
     torch.save([replace(row, vision_calls=3) for row in rows], directory / "rows.pt")
     program = Path(__file__).with_name("zero3_rank.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        + [str(program), str(directory)],
-        env={
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            # The published model's tensors are freed to the system at once; let these small ones be too.
-            "MALLOC_MMAP_THRESHOLD_": "262144",
-        },
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    # The published model's tensors are freed to the system at once; let these small ones be too.
+    more = {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    code, output = finish(start(RANKS, str(program), str(directory), **more), 150)
+    assert code == 0, output[-6000:]
     return directory
 
 

@@ -2,9 +2,6 @@
 equal one process in plain torch, on 2 and 4 real ranks.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from phi3v_dist.model.row import PackedRow
 from phi3v_dist.processor.tokenizer import train_tokenizer
 from tests.model.conftest import make_document, pack, tiny_config
 from tests.parallel.parity_rank import CASES
+from tests.train.ranks import finish, start
 
 pytestmark = pytest.mark.timeout(420)  # one launch serves many tests; ranks that share cores are slow
 
@@ -46,22 +44,9 @@ def short_rows() -> list[PackedRow]:
 
 def launch(directory: Path, ranks: int) -> dict:
     program = Path(__file__).with_name("parity_rank.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        + [str(program), str(directory)],
-        cwd=Path(__file__).parents[2],
-        env={
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    more = {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(Path(__file__).parents[2])}
+    code, output = finish(start(ranks, str(program), str(directory), **more), 400)
+    assert code == 0, output[-6000:]
     return torch.load(directory / f"world-{ranks}.pt", weights_only=False)
 
 

@@ -11,7 +11,7 @@ def start_ranks(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[s
     return start(ranks, "-m", "launch.cli", "train", str(config), *overrides)
 
 
-def start(ranks: int, *rank_command: str) -> subprocess.Popen[str]:
+def start(ranks: int, *rank_command: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += rank_command
     return subprocess.Popen(
@@ -20,7 +20,7 @@ def start(ranks: int, *rank_command: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment},
     )
 
 
