@@ -1,6 +1,7 @@
 """How benchmarks say what they found: a table on the terminal, JSON for docs/benchmarks.
 
-In: comparisons. Out: printed lines, the JSON file, the exit status. Called by every script of this folder.
+In: comparisons. Out: printed lines, the JSON file, the exit status. Called by the scripts that
+compare.
 """
 
 from __future__ import annotations

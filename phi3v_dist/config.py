@@ -328,6 +328,7 @@ class RunConfig(Section):
 
     @property
     def run_dir(self) -> Path:
+        """Where everything of the run lies."""
         return Path(self.runs_dir) / self.name
 
 

@@ -63,6 +63,7 @@ class Estimate:
 
     @property
     def without_reserve(self) -> int:
+        """Bytes at the peak that tensors take: what must fit in any case."""
         return self.total - self["reserve"].gpu
 
     @property
@@ -82,6 +83,7 @@ class Sizes:
 
 
 def sizes_of(config: RunConfig, model: Phi3VConfig) -> Sizes:
+    """How many elements there are, learn, make one decoder layer, and make the largest tensor."""
     learns, still = ({n: math.prod(s) for n, s in each.items()} for each in shapes_of(config.model, model))
     numels = learns | still
     layer = sum(numel for name, numel in numels.items() if name.startswith("model.layers.0."))

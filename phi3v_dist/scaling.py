@@ -97,6 +97,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
+        """Of the whole step."""
         return self.compute + self.zero - self.hidden + self.exchange + self.optimizer
 
     @property
@@ -105,6 +106,7 @@ class Step:
         return self.tokens / self.seconds / self.gpus
 
     def mfu(self, cluster: Cluster) -> float:
+        """Model FLOP/s as a part of the GPUs' peak."""
         return self.model_flops / self.seconds / self.gpus / cluster.peak
 
 

@@ -47,8 +47,9 @@ class Phi3VConfig(PretrainedConfig):
         list of head_dim / 2 numbers; None: plain RoPE.
     img_processor, embd_layer: the published dicts; only the published architecture is supported.
     clip_vision_config: CLIPVisionConfig fields that differ from ViT-L/14-336; image_size is the tile side in
-    px. Raises BadInputError, naming the field, if the config describes another architecture or contradicts
-    itself.
+        px.
+
+    Raises BadInputError, naming the field, if the config describes another architecture or contradicts itself.
     """
 
     model_type = "phi3_v"

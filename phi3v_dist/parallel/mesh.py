@@ -31,8 +31,8 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Mesh:
     """rank, size: of all processes; local_rank: on this node. sequence: the ranks that share this one's row,
-    None if it has its rows to itself. store: key-value store of the ranks of this
-    start. timeout_s: of a collective.
+    None if it has its rows to itself. store: key-value store of the ranks of this start. timeout_s: of a
+    collective.
     """
 
     rank: int
