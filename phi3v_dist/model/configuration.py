@@ -49,7 +49,8 @@ class Phi3VConfig(PretrainedConfig):
     clip_vision_config: CLIPVisionConfig fields that differ from ViT-L/14-336; image_size is the tile side in
         px.
 
-    Raises BadInputError, naming the field, if the config describes another architecture or contradicts itself.
+    Raises BadInputError, naming the field, if the config describes another architecture or contradicts
+    itself.
     """
 
     model_type = "phi3_v"
