@@ -208,15 +208,14 @@ def main() -> int:
         length_s = time.monotonic() - began
         print(f"undisturbed: {STEPS} steps on {options.ranks} ranks in {length_s:.1f} s, seed {options.seed}")
         trials: list[Trial] = []
-        for number in itertools.count():
-            if len(trials) == options.kills:
-                break
+        numbers = itertools.count()
+        while len(trials) < options.kills:
+            number = next(numbers)
             last = trial(number, config, options.ranks, work / "runs/straight", length_s, options.seed)
-            if last.killed or last.fault is not None:
-                trials.append(last)
-            else:
+            if not last.killed and last.fault is None:
                 print(f"{number:3d} {last.kind:15} had ended before; drawn again")
                 continue
+            trials.append(last)
             print(
                 f"{number:3d} {last.kind:15} after {last.killed_at_s:5.1f} s, newest checkpoint "
                 f"{last.steps_before:2d}: "

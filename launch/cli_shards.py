@@ -238,7 +238,7 @@ def verify(
     decode: Annotated[float, typer.Option(help="Part of the images to decode, 0 to 1.")] = 0.01,
     full: Annotated[bool, typer.Option("--full", help="Decode every image.")] = False,
 ) -> None:
-    """Checks checksums, tars, index, messages and images; exit code 4 if anything is wrong.
+    """Check checksums, tars, index, messages and images; exit code 4 if anything is wrong.
 
     Where several tasks have built the dataset, it first closes the set.
 

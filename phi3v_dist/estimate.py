@@ -253,12 +253,11 @@ def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> 
     alone = [f"{name} makes it {total / 1e9:.0f} GB" for total, name, _ in saved if total <= gpu_bytes]
     if alone:
         return alone[:3]
-    best: dict[str, dict[str, dict[str, object]]] = {}  # of each key its best value, the best keys first
+    best: dict[str, tuple[str, dict[str, dict[str, object]]]] = {}  # of each key its best value, best first
     for _, name, change in sorted(saved, key=lambda each: ("seq_len" in each[1], each[0])):
-        if not any(name.partition("=")[0] == taken.partition("=")[0] for taken in best):
-            best[name] = change
+        best.setdefault(name.partition("=")[0], (name, change))
     together, names = config, []
-    for name, change in best.items():
+    for name, change in best.values():
         together = _changed(together, change)
         names.append(name)
         total = estimate(together, model, gpus).total

@@ -44,7 +44,7 @@ from phi3v_dist.checkpoint import (
 from phi3v_dist.config import CheckpointConfig
 from phi3v_dist.manifest import Written, seal, sum_file, write_tensors
 from phi3v_dist.parallel.mesh import Mesh
-from phi3v_dist.state import KeptState, named_parameters
+from phi3v_dist.state import KeptState
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
@@ -100,7 +100,7 @@ class Saver:
         config: CheckpointConfig,
         saved_step: int,
     ) -> None:
-        self._engine, self._folder, self._card, self._run = engine, folder, card, run
+        self._folder, self._card, self._run = folder, card, run
         self._wandb_id, self._mesh, self._config = wandb_id, mesh, config
         self._life = mesh.on_main(lambda: secrets.token_hex(4))  # no two processes write into one directory
         self._save: _Save | None = None
@@ -319,26 +319,11 @@ class Saver:
         return f"save/{self._life}/{save.number}/{rank}"
 
     def _meta(self, progress: Progress) -> dict[str, Any]:
-        zero = self._engine.optimizer
-        groups = [
-            {
-                k: v
-                for k, v in group.items()
-                if k != "params" and isinstance(v, int | float | str | list | tuple | None)
-            }
-            for group in zero.optimizer.param_groups
-        ]
         return {
             "format": FORMAT,
             "progress": asdict(progress),
-            "adam_steps": self._state.adam_steps(len(groups)),
             "world_size": self._mesh.size,
-            "groups": groups,
-            "parameters": {
-                name: {"shape": list(p.ds_shape), "frozen": not p.requires_grad}
-                for name, p in named_parameters(self._engine)
-            },
-            "frozen_sums": self._state.frozen_sums,
+            **self._state.about(),
             "frozen_dtype": self._run["config"]["model"]["dtype"],
             "model_dir": str(self._card.model_dir),
             "model_config": self._card.config,

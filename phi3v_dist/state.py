@@ -20,7 +20,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from phi3v_dist.manifest import lay_out
+from phi3v_dist.manifest import Slot, lay_out
 from phi3v_dist.model.lora import plain_name
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.swapped import SwappedState
@@ -71,9 +71,8 @@ def frozen_sums(engine: Any, mesh: Mesh) -> dict[str, int]:
     names, sums = [], []
     for name, parameter in frozen(engine):
         part = parameter.ds_tensor.data.view(-1)
-        count = min(
-            max(0, parameter.ds_numel - mesh.rank * part.numel()), part.numel()
-        )  # the rest is padding
+        # behind these comes padding
+        count = min(max(0, parameter.ds_numel - mesh.rank * part.numel()), part.numel())
         names.append(name)
         sums.append(bit_sum(part[:count]))
     if not names:
@@ -115,10 +114,9 @@ class KeptState:
         """A copy of all slices in host memory as one block of bytes; None if it has no room for one."""
         if self._buffer is None:
             return None
-        data = {name: get for name, _, _, get in self._sources()}
-        for slot in self.slots:
+        for slot, get in self._in_order():
             place = self._buffer[slot.offset : slot.offset + slot.size].view(slot.dtype)
-            place.copy_(data[slot.name](), non_blocking=True)
+            place.copy_(get(), non_blocking=True)
         self._swapped.release()
         if self._mesh.device.type == "cuda":
             torch.cuda.synchronize(self._mesh.device)
@@ -126,9 +124,8 @@ class KeptState:
 
     def stream(self) -> Iterator[torch.Tensor]:
         """The data of all slots in order, one slice at a time."""
-        data = {name: get for name, _, _, get in self._sources()}
-        for slot in self.slots:
-            yield data[slot.name]().cpu().contiguous()
+        for _, get in self._in_order():
+            yield get().cpu().contiguous()
         self._swapped.release()
 
     def hand(self, handed: queue.Queue[torch.Tensor | None], is_over: Callable[[], bool]) -> None:
@@ -150,10 +147,30 @@ class KeptState:
                 break
         self._swapped.release()
 
-    def adam_steps(self, groups: int) -> list[float]:
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of it: parameters, AdamW's groups and steps, sums of the frozen weights."""
+        groups = [
+            {
+                k: v
+                for k, v in group.items()
+                if k != "params" and isinstance(v, int | float | str | list | tuple | None)
+            }
+            for group in self._engine.optimizer.optimizer.param_groups
+        ]
+        return {
+            "adam_steps": self._adam_steps(),
+            "groups": groups,
+            "parameters": {
+                name: {"shape": list(p.ds_shape), "frozen": not p.requires_grad}
+                for name, p in named_parameters(self._engine)
+            },
+            "frozen_sums": self.frozen_sums,
+        }
+
+    def _adam_steps(self) -> list[float]:
         """Adam's step of each parameter group; 0 for one that has not moved yet."""
         zero = self._engine.optimizer
-        steps: list[set[float]] = [set() for _ in range(groups)]
+        steps: list[set[float]] = [set() for _ in zero.optimizer.param_groups]
         for _, _, flat, _, _, number in trainable(self._engine):
             state = zero.optimizer.state.get(flat, {})
             steps[zero.sub_group_to_group_id[number]].add(float(state.get("step", 0.0)))
@@ -161,6 +178,12 @@ class KeptState:
             if len(found) > 1:
                 raise RuntimeError(f"Adam's step differs within parameter group {group}: {sorted(found)}")
         return [max(found, default=0.0) for found in steps]
+
+    def _in_order(self) -> Iterator[tuple[Slot, Callable[[], torch.Tensor]]]:
+        """Every slot and what gets its data."""
+        data = {name: get for name, _, _, get in self._sources()}
+        for slot in self.slots:
+            yield slot, data[slot.name]
 
     def _sources(self) -> Iterator[tuple[str, torch.dtype, int, Callable[[], torch.Tensor]]]:
         """(name, dtype, elements, the data now) of every slice that this rank keeps."""

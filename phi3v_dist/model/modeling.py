@@ -58,9 +58,10 @@ class LossHead(nn.Linear):
             return F.linear(hidden, self.weight)
         # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13). Without
         # acc_dtype the exponentials of a token are summed so as well: losses below 0.005 came out as 0.
-        options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
         if hidden.dtype in (torch.bfloat16, torch.float16):
             options = nn.LinearCrossEntropyOptions(acc_dtype=torch.float32)
+        else:
+            options = nn.LinearCrossEntropyOptions(acc_policy="accurate")
         nll = F.linear_cross_entropy(hidden, self.weight, targets, reduction="none", options=options)
         return nll.float().sum()
 

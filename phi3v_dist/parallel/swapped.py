@@ -93,9 +93,8 @@ def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     with (folder / "turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # unlike torch's own lock files this one goes with its process
-        for left in folder.glob(
-            "*/lock"
-        ):  # by a start that was killed; torch 2.13 would wait for it for ever
+        # Torch's are left by a start that was killed; torch 2.13 would wait for them for ever.
+        for left in folder.glob("*/lock"):
             _log.warning("%s: left by a start that was killed; removed", left)
             left.unlink()
         builder.load(verbose=False)
