@@ -7,6 +7,7 @@ needed. Called by `phi3v debug row`.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ def replay(config: RunConfig, place: Place) -> Replayed:
             f"{place.ranks} ranks with {each} rows each a step have no rank {place.rank}, row "
             f"{place.micro} of step {place.step}"
         )
-    tokens = load_tokenizer(tokenizer_dir(config, config.run_dir))
+    with tempfile.TemporaryDirectory() as scratch:  # one that training has made of other data stays as it is
+        tokens = load_tokenizer(tokenizer_dir(config, Path(scratch)))
     data = prepare_data(config, tokens, model_config_of(config).tile, config.run_dir / DATA, writer=False)
     end_row = data.plan.end_row(config.train.epochs) if config.train.epochs else None
     step = data.plan.step(place.step * config.train.global_batch, end_row)

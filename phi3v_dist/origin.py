@@ -2,12 +2,16 @@
 model.
 
 In: the configuration. Out: `Origin`. For `model.path` nothing is copied. For `model.config`, RUN/init gets a
-directory in the published layout with weights drawn from the seed and, without `model.tokenizer`, a tokenizer
-trained on the train split. Called by the train loop.
+directory in the published layout with weights drawn from the seed and RUN/tokenizer, without
+`model.tokenizer`, a tokenizer trained on the train split. Each says what it was made of, and is made again
+when that has changed. Called by the train loop.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,17 @@ from typing import Any
 import torch
 
 from phi3v_dist.config import RunConfig
+from phi3v_dist.data.prepare import data_fingerprint
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import init_random_checkpoint, load_config
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
+from shards.atomic import write_atomically
 from shards.format import BadInputError, read_index
 
 INIT = "init"
 TOKENIZER = "tokenizer"
+_MADE_OF = "made-of.json"  # written last
 
 
 @dataclass(frozen=True)
@@ -69,16 +76,19 @@ def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
         load_config(config.model.path)
         load_tokenizer(tokens)
         return Path(config.model.path), tokens
-    if not (run_dir / INIT / "config.json").exists():
-        init_random_checkpoint(
-            _new_config(config.model.config or {}, load_tokenizer(tokens)),
-            run_dir / INIT,
-            seed=config.seed,
-            dtype=torch.float32,
-            num_crops=config.data.num_crops,
-            tokenizer_dir=tokens,
-        )
-    return run_dir / INIT, tokens
+    made, tokenizer = run_dir / INIT, load_tokenizer(tokens)
+    new = _new_config(config.model.config or {}, tokenizer)
+    of = {
+        "config": new.to_dict(),
+        "seed": config.seed,
+        "num_crops": config.data.num_crops,
+        "tokenizer": hashlib.sha256((tokens / "tokenizer.json").read_bytes()).hexdigest(),
+    }
+    if not _is_made(made, of):
+        shutil.rmtree(made, ignore_errors=True)
+        init_random_checkpoint(new, made, config.seed, torch.float32, config.data.num_crops, tokens)
+        _note_made(made, of)
+    return made, tokens
 
 
 def tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:
@@ -88,12 +98,26 @@ def tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:
     if config.model.path is not None:
         return Path(config.model.path)
     made = run_dir / TOKENIZER
-    if not (made / "tokenizer_config.json").exists():
+    vocab_size = int((config.model.config or {}).get("vocab_size", 1024))
+    of = {"data": data_fingerprint(config), "split": config.data.train_split, "vocab_size": vocab_size}
+    if not _is_made(made, of):
         indices = [read_index(path, config.data.train_split, ["messages"]) for path in config.data.paths]
         texts = (m["content"] for i in indices for messages in i["messages"].to_pylist() for m in messages)
-        vocab_size = int((config.model.config or {}).get("vocab_size", 1024))
+        shutil.rmtree(made, ignore_errors=True)
         train_tokenizer(texts, made, vocab_size)
+        _note_made(made, of)
     return made
+
+
+def _is_made(directory: Path, of: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads((directory / _MADE_OF).read_text()) == json.loads(json.dumps(of)))
+    except (OSError, ValueError):
+        return False
+
+
+def _note_made(directory: Path, of: dict[str, Any]) -> None:
+    write_atomically(directory / _MADE_OF, (json.dumps(of, indent=1) + "\n").encode())
 
 
 def _new_config(fields: dict[str, Any], tokenizer: Any) -> Phi3VConfig:

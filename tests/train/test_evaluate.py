@@ -17,7 +17,9 @@ from phi3v_dist.origin import Origin, prepare_origin
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.questions import Questions, Shape, make_batches, read_split
 from phi3v_dist.restore import Restored, find_source, restore
+from shards.build import BuildOptions, build
 from shards.format import BadInputError, read_index
+from shards.sample import make_catalogue
 from tests.train.evaluate_rank import HOW
 from tests.train.ranks import finish, start
 
@@ -63,6 +65,40 @@ def test_a_new_model_is_made_once_and_the_same_for_the_same_seed(tiny_config: Pa
     again = prepare_origin(config, other, ALONE)
     assert (again.model_dir / "model.safetensors").read_bytes() == first
     assert load_model_config(again.model_dir).pad_token_id == origin.tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("change", ["seed=5", "model.config.num_hidden_layers=1", "data.num_crops=2"])
+def test_a_model_of_another_configuration_is_made_anew(
+    tiny_config: Path, origin: Origin, change: str, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config, ["data.num_crops=4", change])
+    before = {file.name: file.read_bytes() for file in origin.model_dir.iterdir()}
+    again = prepare_origin(config, config.run_dir, ALONE)
+    elsewhere = prepare_origin(config, tmp_path / "fresh", ALONE)
+    after = {file.name: file.read_bytes() for file in again.model_dir.iterdir()}
+    assert after != before
+    assert after == {file.name: file.read_bytes() for file in elsewhere.model_dir.iterdir()}
+
+
+def test_a_tokenizer_of_other_data_is_made_anew_and_so_is_one_half_made(
+    tiny_config: Path, origin: Origin, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config, ["data.num_crops=4"])
+    first = (origin.tokenizer_dir / "tokenizer.json").read_bytes()
+    make_catalogue(tmp_path / "catalogue", 20, seed=7)
+    build(str(tmp_path / "catalogue/products.csv"), str(tmp_path / "others"), BuildOptions())
+    others = load_config(tiny_config, ["data.num_crops=4", f"data.path={tmp_path / 'others'}"])
+    prepare_origin(others, config.run_dir, ALONE)
+    assert (origin.tokenizer_dir / "tokenizer.json").read_bytes() != first
+    (origin.tokenizer_dir / "made-of.json").unlink()
+    prepare_origin(config, config.run_dir, ALONE)
+    assert (origin.tokenizer_dir / "tokenizer.json").read_bytes() == first
+
+
+def test_samples_are_told_apart_by_a_field_of_their_meta(products: Path) -> None:
+    codes = questions_of(products, "train", 5).parts("product_code")
+    assert len(set(codes)) == 5 and None not in codes
+    assert questions_of(products, "train", 5).parts("no_such_field") == [None] * 5
 
 
 def test_answers_do_not_depend_on_what_shares_the_batch(products: Path, restored: Restored) -> None:
