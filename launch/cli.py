@@ -54,10 +54,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     Example: torchrun --nproc-per-node 8 -m launch.cli train configs/burberry.yaml train.lr=1e-5
     """
-    from phi3v_dist.inputs import load_run
+    from phi3v_dist.config import load_config
+    from phi3v_dist.inputs import check_inputs, load_run
 
-    run = load_run(config, overrides or [])
     is_main = os.environ.get("RANK", "0") == "0"
+    run = load_run(config, overrides or []) if is_main else load_config(config, overrides or [])
     code, reason = CRASHED, "crashed"
     try:
         from phi3v_dist.parallel.mesh import open_mesh
@@ -67,6 +68,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
         with open_mesh(run.parallel.timeout_s, run.parallel.sp, run.run_dir / "logs") as mesh:
             log_to_files(run.run_dir, mesh.rank)
             try:
+                mesh.everywhere(lambda: check_inputs(run))
                 train_run(run, mesh)
             except (BadInputError, PreemptedError, DivergedError, LostRankError):
                 raise
@@ -79,6 +81,8 @@ def train(config: Config, overrides: Overrides = None) -> None:
         code, reason = codes[type(error)], str(error)
         if is_main:
             print(f"phi3v: {reason}", file=sys.stderr)
+        else:
+            logging.getLogger(__name__).error(reason)  # in this rank's log, should it be the only one
     except LostRankError as error:
         reason = str(error)
         logging.getLogger(__name__).error(reason)
@@ -213,12 +217,13 @@ def evaluate(
     from phi3v_dist.parallel.mesh import open_mesh
     from phi3v_dist.restore import find_source
 
-    source = find_source(model)
     how = How(split, samples, swap, batch_size, max_new_tokens, slice_by=slice_by, seed=seed, loss=loss,
               weights=weights, **({"metrics": tuple(metric)} if metric else {}))  # fmt: skip
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with open_mesh(3600.0) as mesh:
+            # A run that goes on may have a newer checkpoint when the next rank looks.
+            source = mesh.on_main(lambda: find_source(model))
             result = evaluate_model(source, dataset, how, mesh)
             if mesh.is_main:
                 if out is not None:

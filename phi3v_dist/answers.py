@@ -3,7 +3,7 @@
 In: a model that is whole on every rank, or partitioned by ZeRO-3, and `Questions`. Out: the replies, in
 order, on every rank. With whole weights each rank answers its batches as if it were alone. With partitioned
 ones every layer is gathered for every token, so the ranks go in step: as many batches, of the same kind, and
-as many tokens in each. Called by evaluation, in training and afterwards, and by `phi3v ask`.
+as many tokens in each. Called by evaluation, in training and afterwards, by `phi3v ask` and export.
 """
 
 from __future__ import annotations

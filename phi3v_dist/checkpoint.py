@@ -12,8 +12,8 @@ read from the model directory again, and the checkpoint knows what they must be.
 DeepSpeed's own format does not load at another world size, and its universal one loses the parameter groups'
 hyper-parameters (0.19.8); hence this one. It reads ZeRO-3's internals, so DeepSpeed is pinned exactly.
 
-This file reads; `saving` writes. Called by the train loop (resume) and by evaluation and export
-(`read_tensors`).
+This file reads; `saving` writes. Called by the train loop (resume), `restore`, export and whoever
+looks for a run's checkpoints.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ def find_resume(folder: Path, mesh: Mesh) -> Path | None:
         path, fault = finished[0]
         raise BadInputError(
             f"{path}: {fault}; no other checkpoint is whole. Restore one from a backup, or remove "
-            f"{folder} to "
-            "start from the beginning"
+            f"{folder} to start from the beginning"
         )
     return None
 
@@ -170,7 +169,7 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
     optimizer = engine.optimizer.optimizer
     numbers = engine.optimizer.sub_group_to_group_id
     with ExitStack() as stack:
-        reader = _Slices(target, meta, stack)
+        reader = mesh.everywhere(lambda: _Slices(target, meta, stack))
         _check_model(engine, target, meta)
         swapped = SwappedState(engine.optimizer)
         for group, members in itertools.groupby(trainable(engine), lambda each: each[-1]):
@@ -211,8 +210,7 @@ def read_meta(target: Path) -> dict[str, Any]:
     if (found := _format(target)) != FORMAT:
         raise BadInputError(
             f"{target}: checkpoint format {found}, this program reads format {FORMAT}; go on with the "
-            "version "
-            "of phi3v-dist that wrote it, or choose another name for the new run"
+            "version of phi3v-dist that wrote it, or choose another name for the new run"
         )
     meta: dict[str, Any] = json.loads((target / META).read_text())
     return meta
@@ -325,8 +323,7 @@ class _Base:
         except (BadInputError, SafetensorError, OSError) as error:
             raise BadInputError(
                 f"{target}: holds only what was trained; its frozen weights are those of "
-                f"{meta['model_dir']}, "
-                f"which cannot be read ({error})"
+                f"{meta['model_dir']}, which cannot be read ({error})"
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -338,8 +335,7 @@ class _Base:
         if int(bit_sum(found.view(-1))) != self._meta["frozen_sums"][name]:
             raise BadInputError(
                 f"{self._target}: {name} in {self._meta['model_dir']} is not what the run was "
-                "trained on; "
-                "restore that model directory"
+                "trained on; restore that model directory"
             )
         return found
 

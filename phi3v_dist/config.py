@@ -77,6 +77,8 @@ class ModelConfig(Section):
         both = sorted({*self.freeze} & {*(self.lora.parts if self.lora else [])})
         if both:
             raise ValueError(f"model.freeze and model.lora.parts both name {both[0]}; take it out of one")
+        if self.lora is None and {*self.freeze} == {*get_args(Group)}:
+            raise ValueError("model.freeze names every group, so nothing would learn; take one out")
         return self
 
 

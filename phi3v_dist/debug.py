@@ -79,8 +79,8 @@ def describe(replayed: Replayed) -> Iterator[str]:
     row, place = replayed.loaded.row, replayed.place
     yield (
         f"step {place.step}, rank {place.rank} of {place.ranks}, row {place.micro}: "
-        f"{len(replayed.keys)} samples, "
-        f"{replayed.loaded.tokens} tokens in {len(row.input_ids)} positions, {row.num_targets} targets"
+        f"{len(replayed.keys)} samples, {replayed.loaded.tokens} tokens in {len(row.input_ids)} positions, "
+        f"{row.num_targets} targets"
     )
     for name in _ARRAYS:
         value = getattr(row, name)

@@ -51,7 +51,6 @@ from shards.format import BadInputError, read_index
 SCORES, PREDICTIONS, TABLE = "scores.json", "predictions.jsonl", "predictions.parquet"
 THUMBNAILS = 200  # samples whose picture goes into the predictions file
 _ROW_TOKENS = 4096
-_VISION_CHUNK = 64  # views that pass the tower together
 _log = logging.getLogger(__name__)
 
 
@@ -89,10 +88,6 @@ class Evaluation:
     loss: float | None
     seconds: float
     how: dict[str, Any]
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        return tuple(row["prediction"] for row in self.rows)
 
 
 def evaluate(source: Source, dataset: str, how: How, mesh: Mesh) -> Evaluation:
@@ -159,17 +154,19 @@ def split_loss(
     maker: RowMaker,
     costs: SampleCosts,
     row_tokens: int,
+    views_per_call: int,
     mesh: Mesh,
 ) -> tuple[float, list[str]]:
     """The mean negative log likelihood of all target tokens of the samples of `maker` that have at most
     `row_tokens` tokens, and why which of them were left out. costs: of them. forward: of a packed row on the
-    device; all ranks call it as often, as ZeRO-3 needs it.
+    device; all ranks call it as often, as ZeRO-3 needs it. views_per_call: views of a row that pass the tower
+    at once.
 
     The rows do not depend on the ranks and are added up in their order: the same at any number of them.
     """
     rows = _loss_rows(costs.tokens, row_tokens)
     views = [int(costs.tiles[row].sum() + costs.pictures[row].sum()) for row in rows]
-    calls = vision_calls_needed(max(views, default=0), 0, _VISION_CHUNK)
+    calls = vision_calls_needed(max(views, default=0), 0, views_per_call)
     reader = maker.reader()
     found: list[tuple[int, int, float]] = []
     targets: dict[int, int] = {}
@@ -212,7 +209,8 @@ def _loss_of(restored: Restored, samples: Samples, mesh: Mesh) -> float:
     costs = sample_costs(samples, Counter(tokenizer, ours.num_crops, tile))
     maker = RowMaker(samples, tokenizer, ours.num_crops, tile, tokenizer.pad_token_id)
     row_tokens = max(_ROW_TOKENS, int(costs.tokens.max()))
-    loss, bad = split_loss(lambda row: restored.model(row=row), maker, costs, row_tokens, mesh)
+    views = restored.model.vision_chunk
+    loss, bad = split_loss(lambda row: restored.model(row=row), maker, costs, row_tokens, views, mesh)
     if bad:
         raise BadInputError(f"{len(bad)} samples cannot be read, the first is {bad[0]}")
     return loss

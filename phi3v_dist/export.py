@@ -92,8 +92,8 @@ def _checked(source: Source, out: Path) -> dict[str, Any]:
         raise BadInputError(
             f"{source.directory}: is a model directory already; export takes a run or a checkpoint"
         )
-    if out.exists() and any(out.iterdir()):
-        raise BadInputError(f"{out}: is not empty; choose another directory or remove it")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise BadInputError(f"{out}: is no empty directory; choose another or remove it")
     return checkpoint.read_meta(source.directory)
 
 
@@ -114,7 +114,8 @@ def verify(source: Source, out: Path, dataset: str | None = None, samples: int =
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval()
     found = dict(theirs.named_parameters())
     for name, parameter in ours.model.named_parameters():
-        if not torch.equal(parameter, found.pop(name)):
+        other = found.pop(name, None)
+        if other is None or not torch.equal(parameter, other):
             raise BadInputError(
                 f"{out}: {name} is not what {source.directory} holds; remove it, export again"
             )

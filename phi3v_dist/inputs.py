@@ -1,6 +1,7 @@
 """Are the inputs of a run there? Looked at before anything is written or a GPU is taken. No torch.
 
-In: the configuration. Called by the launchers and by `phi3v train` before the ranks meet.
+In: the configuration. Called by the launchers, and by `phi3v train` on the first rank before the ranks meet
+and on all of them then.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ model.
 In: the configuration. Out: `Origin`. For `model.path` nothing is copied. For `model.config`, RUN/init gets a
 directory in the published layout with weights drawn from the seed and RUN/tokenizer, without
 `model.tokenizer`, a tokenizer trained on the train split. Each says what it was made of, and is made again
-when that has changed. Called by the train loop.
+when that has changed. Called by the train loop; `phi3v plan` and `phi3v debug row` need the
+tokenizer alone.
 """
 
 from __future__ import annotations
@@ -45,10 +46,14 @@ class Origin:
 def prepare_origin(config: RunConfig, run_dir: Path, mesh: Mesh) -> Origin:
     """Makes what is missing on the main rank, then reads it on all.
 
-    Raises BadInputError: no such directory, not a Phi-3-V checkpoint, a vocabulary smaller than the
-    tokenizer.
+    Raises BadInputError on every rank: no such directory, not a Phi-3-V checkpoint, a vocabulary smaller
+    than the tokenizer.
     """
     model_dir, tokens = mesh.on_main(lambda: _make(config, run_dir))
+    return mesh.everywhere(lambda: _read(model_dir, tokens))
+
+
+def _read(model_dir: Path, tokens: Path) -> Origin:
     model_config = load_config(model_dir)
     tokenizer = load_tokenizer(tokens)
     if len(tokenizer) > model_config.vocab_size:

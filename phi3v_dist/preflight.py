@@ -15,32 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from phi3v_dist.config import RunConfig, flatten
-from phi3v_dist.data.prepare import data_fingerprint
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.optim import shapes_of
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.provenance import versions
 from shards.format import BadInputError
 
-_PER_NODE = (
-    "data.path",
-    "data.sources",
-    "data.cache_dir",
-)  # staged shards lie where each node has room; the fingerprint holds their content
-
-
-def fingerprint_here(config: RunConfig, mesh: Mesh) -> str:
-    """Of the data as this rank sees it. Raises BadInputError on every rank if one of them cannot read it."""
-    found, fault = "", None
-    try:
-        found = data_fingerprint(config)
-    except BadInputError as error:
-        fault = str(error)
-    faults = mesh.gather(fault)
-    for rank, each in enumerate(faults):
-        if each is not None:
-            raise BadInputError(each if rank == 0 else f"rank {rank}: {each}")
-    return found
+# Staged shards lie where each node has room; the fingerprint holds their content.
+_PER_NODE = ("data.path", "data.sources", "data.cache_dir")
 
 
 def check_same_everywhere(config: RunConfig, fingerprint: str, mesh: Mesh) -> None:
@@ -61,8 +43,7 @@ def check_same_everywhere(config: RunConfig, fingerprint: str, mesh: Mesh) -> No
         f"rank {other} ({host}) is not like rank 0 ({everyone[0][0]}): "
         + "; ".join(f"{key} is {theirs.get(key)} there, {first.get(key)} here" for key in keys[:5])
         + f"; {sum(each != digests[0] for each in digests)} of {mesh.size} ranks differ; start all of "
-        + "them with "
-        "the same command, code and data"
+        + "them with the same command, code and data"
     )
 
 
@@ -95,8 +76,7 @@ def check_room(config: RunConfig, model: Phi3VConfig, run_dir: Path, resuming: b
         raise BadInputError(
             f"{run_dir}: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB are needed for "
             f"{'the next checkpoint' if resuming else 'two checkpoints'} of {size / 1e9:.2f} GB; make "
-            "room, or "
-            "choose another runs_dir"
+            "room, or choose another runs_dir"
         )
 
 

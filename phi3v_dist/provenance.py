@@ -1,7 +1,7 @@
 """What made a run: code, data, configuration, versions, the job. For checkpoints, W&B and exported models.
 
 In: the configuration, the data's fingerprint. Out: a dict of plain values without secrets. Called by the
-train loop.
+train loop and `preflight`.
 """
 
 from __future__ import annotations

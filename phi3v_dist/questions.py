@@ -3,7 +3,7 @@
 In: rows of the index. Out: `Questions` (prompts, truths, shapes, and pictures when asked for) and batches.
 The batches are a function of the questions and the settings, never of the number of ranks: an answer may
 differ in its last bits with what shares its batch, so the same batches are what makes answers the same at any
-world size. Called by evaluation.
+world size. Called by evaluation, and by export to compare answers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A run may be followed by which of its checkpoints is meant: `runs/x:best`, `runs/x:latest`, `runs/x:1500`.
 Out: a model on this rank's device, whole or partitioned over the ranks by ZeRO-3, its tokenizer and
-processor. Called by evaluation and export.
+processor. Called by evaluation, export, `phi3v ask` and `phi3v debug row`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def restore(source: Source, device: torch.device | str, dtype: torch.dtype) -> R
 
 
 def restore_partitioned(source: Source, device: torch.device, dtype: torch.dtype) -> Restored:
-    """Builds the model of `source` with its weights spread over all ranks by ZeRO-3; each reads its part."""
+    """Builds the model of `source` with its weights spread over all ranks by ZeRO-3; each keeps its part."""
     import deepspeed
 
     config = model_config(source)

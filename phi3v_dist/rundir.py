@@ -1,6 +1,7 @@
 """The run directory: who may write into `runs/NAME`, where it goes on from, and where its logs go.
 
-In: the configuration. Out: a directory that belongs to this run alone. Called by the train loop.
+In: the configuration. Out: a directory that belongs to this run alone. Called by the train loop;
+the names are those by which all others know a run's files.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Any
 
 from phi3v_dist.checkpoint import read_meta
 from phi3v_dist.config import RunConfig, changed_keys, config_json, flatten
-from phi3v_dist.wandb_run import RUN_ID
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DATA = "plan"  # the plan and what it is made from; made again where it is missing
+METRICS, STEP = "metrics.jsonl", "train/global_step"  # STEP: in each of its lines, the optimizer step
+STARTS = "starts.jsonl"
+RUN_ID = "wandb_id"
+EVALUATIONS, BEST_FILE = "eval", "best.json"  # BEST_FILE: in EVALUATIONS, the best of them
 
 # What may change between one start of a run and the next; anything else would make it another run.
 # data.path may: shards are staged to node-local disks, and the fingerprint guards their content.
@@ -100,6 +104,11 @@ def make_run_dir(run_dir: Path) -> None:
         raise _not_writable(run_dir, error) from error
 
 
+def evaluation_dir(run_dir: Path, step: int) -> Path:
+    """RUN/eval/step-N."""
+    return run_dir / EVALUATIONS / f"step-{step:06d}"
+
+
 def open_run_dir(config: RunConfig, data_fingerprint: str, checkpoint: Path | None) -> None:
     """Makes the run directory of `config` this run's, which goes on from `checkpoint` if there is one.
 
@@ -135,8 +144,7 @@ def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before:
         )
         raise BadInputError(
             f"{run_dir}: holds a run with another {', '.join(refused)} ({differences}); set it back, or "
-            "choose "
-            f"another name for the new run (what may change: {allowed})"
+            f"choose another name for the new run (what may change: {allowed})"
         )
     if before["data_fingerprint"] != data_fingerprint:
         raise BadInputError(

@@ -147,6 +147,10 @@ class Saver:
         if copied is None or wait:
             self._wait(save)
 
+    def is_under_way(self) -> bool:
+        """On the main rank: whether a save is being written."""
+        return self._save is not None and not self._has_ended(self._save)
+
     @property
     def failures(self) -> int:
         """On the main rank: failures in a row by now; their sum over the ranks is for `agree`."""
@@ -161,8 +165,8 @@ class Saver:
         reason = self._mesh.on_main(lambda: self._last)
         raise BadInputError(
             f"{failures} checkpoints in a row could not be written ({reason}); the last good one is "
-            f"{pointed(self._folder, LATEST) or 'none'}; mend the storage, then the same command goes "
-            "on from it"
+            f"{pointed(self._folder, LATEST) or 'none'}; mend the storage, then the same command goes on "
+            "from it"
         )
 
     def save_surely(self, progress: Progress, as_best: Callable[[], None] | None = None) -> str | None:
@@ -194,7 +198,7 @@ class Saver:
         self._wait(save)
 
         def verdict() -> bool:
-            late = self._late(save)
+            late = [] if save.outcome == "" else self._late(save)
             if late:
                 self._count(f"rank {late[0]} is still writing the one before")
             return not late

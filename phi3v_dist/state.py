@@ -74,10 +74,10 @@ def frozen_sums(engine: Any, mesh: Mesh) -> dict[str, int]:
         # behind these comes padding
         count = min(max(0, parameter.ds_numel - mesh.rank * part.numel()), part.numel())
         names.append(name)
-        sums.append(bit_sum(part[:count]))
+        sums.append(bit_sum(part[:count]).to(mesh.device))  # from host memory: parallel.offload_params
     if not names:
         return {}
-    total = torch.stack(sums).to(mesh.device)
+    total = torch.stack(sums)
     dist.all_reduce(total)
     return dict(zip(names, total.tolist(), strict=True))
 

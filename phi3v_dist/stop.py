@@ -18,8 +18,10 @@ PATIENCE_S = 2.0
 """Seconds that data may still take once the run is to stop."""
 
 
-class StoppedWaitingError(Exception):
-    """The run is to stop and what was waited for has not come."""
+class StoppedWaitingError(BaseException):
+    """The run is to stop and what was waited for has not come. It may come anywhere, like KeyboardInterrupt,
+    so no `except Exception` on its way shall take it for a fault of a picture or a file.
+    """
 
 
 class Stop:

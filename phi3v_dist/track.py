@@ -25,12 +25,10 @@ import psutil
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.rundir import METRICS, STARTS, STEP
 from phi3v_dist.wandb_run import Mirror, NodeMetrics
 from shards.atomic import write_atomically
 
-METRICS = "metrics.jsonl"
-STARTS = "starts.jsonl"
-STEP = "train/global_step"
 _WAITING = 10_000  # lines kept in memory while the disk takes none
 _log = logging.getLogger(__name__)
 
@@ -116,19 +114,29 @@ def watch_node(config: RunConfig, run_dir: Path, mesh: Mesh) -> NodeMetrics | No
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl in order; a half-written last one is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics.jsonl in order; what is no line of metrics is left out, as in `cut_after`."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n") and _step_of(line) < math.inf]
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Removes the lines of steps after `step`, and a half-written one."""
+    """Removes the lines of steps after `step`, and those that are no line of metrics: a half-written one, or
+    what a crash of the machine left.
+    """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)[STEP] <= step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if kept != lines:
-        write_atomically(path, "".join(kept).encode())
+        write_atomically(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; infinity if it is none."""
+    try:
+        return int(json.loads(line)[STEP])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def resolve_mode(config: RunConfig) -> Literal["online", "offline", "disabled"]:

@@ -29,7 +29,7 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.feed import FedRow, Feed
 from phi3v_dist.data.loader import LoadedRow, RowCounts, load_rows
 from phi3v_dist.data.plan import RankRows, StepRows
-from phi3v_dist.data.prepare import PreparedData, prepare_data
+from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
 from phi3v_dist.data.quarantine import Quarantine
 from phi3v_dist.exits import PreemptedError
 from phi3v_dist.flops import Flops, peak_tflops, row_flops, shape_of, utilisation
@@ -43,16 +43,15 @@ from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.parallel.pulse import Pulse
 from phi3v_dist.parallel.swapped import prepare_swapping, remove_swapped
 from phi3v_dist.parallel.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
-from phi3v_dist.preflight import check_room, check_same_everywhere, fingerprint_here
+from phi3v_dist.preflight import check_room, check_same_everywhere
 from phi3v_dist.progress import ProgressLine
 from phi3v_dist.provenance import provenance
-from phi3v_dist.rundir import CHECKPOINTS, DATA, RunLock, open_run_dir
+from phi3v_dist.rundir import CHECKPOINTS, DATA, RUN_ID, RunLock, open_run_dir
 from phi3v_dist.saving import ModelCard, Saver
 from phi3v_dist.stability import Stability
 from phi3v_dist.stop import STOP, Stop
 from phi3v_dist.track import Tracker, host_memory, watch_node
 from phi3v_dist.validation import BestSoFar, Owed, Validation
-from phi3v_dist.wandb_run import RUN_ID
 from shards.format import BadInputError
 
 LOCK_WAIT_S = 180.0
@@ -81,16 +80,16 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
 
 def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     run_dir = config.run_dir
-    fingerprint = fingerprint_here(config, mesh)
+    fingerprint = mesh.everywhere(lambda: data_fingerprint(config))
     check_same_everywhere(config, fingerprint, mesh)
     resume = checkpoint.find_resume(run_dir / CHECKPOINTS, mesh)
     mesh.on_main(lambda: open_run_dir(config, fingerprint, resume))
 
     gpu_bytes = torch.cuda.mem_get_info()[1] if mesh.device.type == "cuda" else None
-    check_offload_path(config)
+    mesh.everywhere(lambda: check_offload_path(config))
+    mesh.everywhere(lambda: check_limits(config, model_config_of(config), mesh.size, gpu_bytes))
     if config.parallel.offload_optimizer == "nvme":
         prepare_swapping(config, mesh)
-    check_limits(config, model_config_of(config), mesh.size, gpu_bytes)
     origin = prepare_origin(config, run_dir, mesh)
     accumulation = config.train.rows_each(mesh.dp_size)
     data = _prepare_data(config, origin, run_dir, mesh)
@@ -103,6 +102,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
         _log.info("%s: already finished at step %d; nothing to do", run_dir, progress.step)
         return progress
     mesh.on_main(lambda: check_room(config, origin.model_config, run_dir, resume is not None))
+    validation = mesh.everywhere(lambda: Validation(config, origin, mesh, lambda: stop.asked))
     _leave_if_asked(stop, mesh)
 
     prepare_deepspeed(mesh)
@@ -110,7 +110,6 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     if resume is not None:
         progress = checkpoint.load(engine, resume, mesh)
         _log.info("going on from %s", resume)
-    validation = Validation(config, origin, engine, mesh, lambda: stop.asked)
     card = ModelCard(
         origin.model_config.to_dict(), config.data.num_crops, origin.model_dir, origin.tokenizer_dir
     )
@@ -120,8 +119,8 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
     saver = Saver(
         engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, saved
     )
-    stability = Stability(run_dir / "logs", mesh.rank, config.train.max_bad_steps)
-    best = BestSoFar(config)
+    stability = Stability(run_dir / "logs", mesh, config.train.max_bad_steps)
+    best = BestSoFar(config, mesh)
 
     _log.info(
         "%s: %d steps of %d rows on %d ranks x %d accumulation steps, %d samples, %.1f%% fill; ZeRO-3 keeps "
@@ -182,9 +181,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
                 window = Window(peak_tflops=peak)
             if (stepped and validating) or owed.metrics is not None:
                 pulse.at(progress.step, "evaluation")
-                began = time.perf_counter()
-                scores = validation.run(progress.step)
-                window.exclude(time.perf_counter() - began)
+                scores = validation.run(progress.step, engine)
                 if scores is None:
                     stopping, broken_off = True, True
                     _log.warning(
@@ -196,7 +193,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
                     shown = [f"{k} {v:.4g}" for k, v in scores.items() if v is not None]
                     _log.info("step %d  %s", progress.step, "  ".join(shown))
                     metrics = {**metrics, **scores}
-            is_best = best.improves(metrics)
+            is_best = best.improves(metrics, saver.is_under_way)
             # The line comes before the checkpoint: whoever goes on from it finds all lines up to it.
             if tracker is not None and metrics and not broken_off:
                 tracker.log(progress.step, metrics)
@@ -208,7 +205,6 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
                 began = time.perf_counter()
                 saver.save(progress, best.note(progress.step, metrics) if is_best else None)
                 window.saved_in = time.perf_counter() - began
-                window.exclude(window.saved_in)
             if owed.metrics is not None and not broken_off:
                 owed.settle()
             if stopping and (not done or broken_off):
@@ -220,8 +216,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
             if done and fault is not None:
                 raise BadInputError(
                     f"{run_dir}: all steps are done, but the last checkpoint could not be written "
-                    f"({fault}); make "
-                    "room, then the same command goes on from the one before"
+                    f"({fault}); make room, then the same command goes on from the one before"
                 )
         stop.forget_file()
         exit_code = 0
@@ -237,7 +232,6 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
             node.close()
         if tracker is not None:
             tracker.close(exit_code)
-        del validation
         engine.destroy()  # without it 3 of 48 CPU runs aborted at exit (DeepSpeed 0.19.8)
         del engine, saver
         gc.collect()
@@ -327,12 +321,9 @@ def _step(
         skipped_steps=progress.skipped_steps + (streak > 0),
         bad_streak=streak,
     )
-    spent = time.perf_counter() - began
     if is_good_step:
-        window.add(total_nll, targets, counts, step_rows.taken, norm, waited, spent)
+        window.add(total_nll, targets, counts, step_rows.taken, norm, waited, time.perf_counter() - began)
         window.flops += Flops(model_flops, hardware_flops)
-    else:
-        window.exclude(spent)
     return progress, stopping > 0
 
 
@@ -344,7 +335,9 @@ def _leave_if_asked(stop: Stop, mesh: Mesh) -> None:
 
 
 def _stopped_line(progress: Progress, steps: int, fault: str | None, last: Path | None) -> str:
-    if fault is None:
+    if progress.step == 0:
+        how = "nothing is learnt yet; the same command starts again"
+    elif fault is None:
         how = "checkpoint written; the same command goes on from there"
     else:
         how = (
@@ -356,7 +349,9 @@ def _stopped_line(progress: Progress, steps: int, fault: str | None, last: Path 
 
 @dataclass
 class Window:
-    """Sums over the steps since the last line of metrics. Times in seconds."""
+    """Sums over the steps since the last line of metrics, without those that were skipped, evaluations and
+    checkpoints. Times in seconds.
+    """
 
     nll: float = 0.0
     targets: int = 0
@@ -367,7 +362,6 @@ class Window:
     grad_norm_max: float = 0.0
     waited: float = 0.0
     busy: float = 0.0
-    excluded: float = 0.0
     saved_in: float | None = None  # seconds that the last checkpoint held the run up
     flops: Flops = Flops(0.0, 0.0)
     peak_tflops: float | None = None
@@ -387,10 +381,6 @@ class Window:
         self.steps, self.grad_norm = self.steps + 1, grad_norm
         self.grad_norm_max = max(self.grad_norm_max, grad_norm)
         self.waited, self.busy = self.waited + waited, self.busy + busy
-
-    def exclude(self, seconds: float) -> None:
-        """Time spent on evaluation and checkpoints, which is no part of a step."""
-        self.excluded += seconds
 
     def metrics(
         self, engine: Any, rate: float, epoch: int, progress: Progress, seq_len: int, mesh: Mesh
@@ -439,14 +429,14 @@ def _prepare_data(config: RunConfig, origin: Origin, run_dir: Path, mesh: Mesh) 
             )  # fmt: skip
 
     mesh.on_main(make)
-    return prepare(writer=mesh.is_main)
+    return mesh.everywhere(lambda: prepare(writer=mesh.is_main))
 
 
 def _make_engine(config: RunConfig, origin: Origin, accumulation: int, mesh: Mesh) -> Any:
     model = build_model(
         origin.model_config, torch_dtype(config.model.dtype), zero_config(config, accumulation)
     )
-    load_weights(model, origin.model_dir)
+    mesh.everywhere(lambda: load_weights(model, origin.model_dir))
     model.vision_chunk = config.model.vision_chunk
     model.sequence = mesh.sequence
     save_memory(model, config)

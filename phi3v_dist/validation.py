@@ -2,7 +2,8 @@
 
 In: the run's configuration and the ZeRO-3 engine. Out: metrics eval/*, and RUN/eval/step-N with the answers,
 to the same samples each time. The loss goes through the engine over packed rows; for the answers the weights
-are gathered once where there is room (`whole`). Called by the train loop.
+are gathered once where there is room (`whole`). An evaluation that fails (a picture, a user's metric, a full
+disk) says so and costs the run nothing else. Called by the train loop.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import RowMaker
 from phi3v_dist.data.samples import Samples
 from phi3v_dist.data.tokens import Counter, sample_costs
-from phi3v_dist.evaluate import How, score_answers, split_loss, write_evaluation
+from phi3v_dist.evaluate import Evaluation, How, score_answers, split_loss, write_evaluation
 from phi3v_dist.metrics import find_metrics
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.row import PackedRow
@@ -29,28 +31,28 @@ from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.processor.processing import Phi3VProcessor
 from phi3v_dist.questions import Question, Questions, read_split, spread
 from phi3v_dist.restore import Restored
+from phi3v_dist.rundir import BEST_FILE, EVALUATIONS, evaluation_dir
 from phi3v_dist.whole import gather_whole, keep_whole
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
-EVALUATIONS = "eval"
-_BEST = "best.json"
 _log = logging.getLogger(__name__)
 
 
 class Validation:
     """The val split of a run; `run` at any step, on all ranks. stop: whether this rank has been told to
     stop.
+
+    Raises BadInputError for metrics and a split that cannot be used.
     """
 
-    def __init__(
-        self, config: RunConfig, origin: Origin, engine: Any, mesh: Mesh, stop: Callable[[], bool]
-    ) -> None:
-        self._config, self._origin, self._engine, self._mesh = config, origin, engine, mesh
-        self._stop = stop
+    def __init__(self, config: RunConfig, origin: Origin, mesh: Mesh, stop: Callable[[], bool]) -> None:
+        self._config, self._origin, self._mesh, self._stop = config, origin, mesh, stop
         find_metrics(config.eval.metrics)
         data, ours = config.data, config.eval
-        samples = read_split(data.paths, data.val_split, ours.loss_samples, may_lack=True)
+        most = max(ours.loss_samples, ours.generate_samples)
+        chosen = read_split(data.paths, data.val_split, most, may_lack=True)
+        samples = chosen.take(spread(len(chosen), ours.loss_samples))
         tile = origin.model_config.tile
         self._costs = sample_costs(samples, Counter(origin.tokenizer, data.num_crops, tile))
         too_long = int((self._costs.tokens > data.seq_len).sum())
@@ -58,56 +60,70 @@ class Validation:
             _log.warning("%d val samples are longer than data.seq_len: no loss of them", too_long)
         self._maker = RowMaker(samples, origin.tokenizer, data.num_crops, tile, origin.tokenizer.pad_token_id)
         self._processor = Phi3VProcessor(tokenizer=origin.tokenizer, num_crops=data.num_crops, tile=tile)
-        self._questions = _Interruptible(samples.take(spread(len(samples), ours.generate_samples)), stop)
+        self._questions = _Interruptible(chosen.take(spread(len(chosen), ours.generate_samples)), stop)
         self._how = How(
             split=data.val_split, samples=ours.generate_samples, swap=False, batch_size=ours.batch_size,
             max_new_tokens=ours.max_new_tokens, metrics=tuple(ours.metrics), slice_by=ours.slice_by,
             seed=config.seed, weights=ours.weights,
         )  # fmt: skip
 
-    def run(self, step: int) -> dict[str, float | int | None] | None:
+    def run(self, step: int, engine: Any) -> dict[str, float | int | None] | None:
         """Metrics with keys eval/*, the same on every rank; writes RUN/eval/step-N if there are answers. None
         if any rank was told to stop meanwhile: an evaluation may take longer than the time that is left.
+        Without the scores of the answers, aloud, if these cannot be made.
         """
-        self._engine.eval()
+        engine.eval()
+        metrics: dict[str, float | int | None] = {}
         try:
-            loss = self._loss() if (self._costs.tokens <= self._config.data.seq_len).any() else None
-            metrics: dict[str, float | int | None] = {} if loss is None else {"eval/loss": loss}
+            if (self._costs.tokens <= self._config.data.seq_len).any():
+                metrics["eval/loss"] = self._loss(engine)
             if not len(self._questions):
                 return metrics
-            evaluation = score_answers(self._answering(), self._questions, self._how, self._mesh, loss)
+            restored = self._answering(engine)
+            evaluation = score_answers(
+                restored, self._questions, self._how, self._mesh, metrics.get("eval/loss")
+            )
+            del restored
         except _StoppedError:
             return None
-        except BadInputError:
+        except BadInputError as error:
             if self._asked_anywhere():
                 return None
-            raise
+            _log.error("step %d: NO SCORES of the answers: %s; training goes on", step, error)
+            return metrics
         finally:
-            self._engine.train()
+            engine.train()
         if self._mesh.device.type == "cuda":
             torch.cuda.empty_cache()  # the whole copy is gone; its memory is the next step's
-        out = evaluation_dir(self._config.run_dir, step)
-        self._mesh.on_main(lambda: write_evaluation(evaluation, out))
+        self._mesh.on_main(lambda: self._write(evaluation, step))
         return metrics | {f"eval/{name}": value for name, value in evaluation.scores.values.items()}
+
+    def _write(self, evaluation: Evaluation, step: int) -> None:
+        out = evaluation_dir(self._config.run_dir, step)
+        try:
+            write_evaluation(evaluation, out)
+        except OSError as error:
+            _log.error("%s: the answers cannot be written (%s); training goes on", out, error.strerror)
 
     def _asked_anywhere(self) -> bool:
         return self._mesh.sum([float(self._stop())])[0] > 0
 
-    def _loss(self) -> float:
+    def _loss(self, engine: Any) -> float:
         tokens = self._config.data.seq_len
 
         def forward(row: PackedRow) -> torch.Tensor:
             if self._asked_anywhere():
                 raise _StoppedError
-            loss: torch.Tensor = self._engine(row=row)
+            loss: torch.Tensor = engine(row=row)
             return loss
 
-        loss, bad = split_loss(forward, self._maker, self._costs, tokens, self._mesh)
+        views = self._config.views_per_call
+        loss, bad = split_loss(forward, self._maker, self._costs, tokens, views, self._mesh)
         for reason in bad:
             _log.warning("val sample left out of the loss: %s", reason)
         return loss
 
-    def _answering(self) -> Restored:
+    def _answering(self, engine: Any) -> Restored:
         """The model of today: a whole copy, else the engine's own in parts."""
         config, dtype = self._origin.model_config, torch_dtype(self._config.model.dtype)
         shapes = self._questions.shapes(
@@ -117,9 +133,9 @@ class Validation:
         whole = keep_whole(self._how.weights, config, dtype, self._how.batch_size, positions, self._mesh)
         device = self._mesh.device
         if whole:
-            copy = gather_whole(self._engine, config, dtype, device)
+            copy = gather_whole(engine, config, dtype, device)
             return Restored(copy, config, self._processor, device, dtype)
-        return Restored(self._engine.module, config, self._processor, device, dtype, partitioned=True)
+        return Restored(engine.module, config, self._processor, device, dtype, partitioned=True)
 
 
 class _StoppedError(Exception):
@@ -153,9 +169,12 @@ class Owed:
     def _read(self, step: int) -> dict[str, float | int | None] | None:
         try:
             record = json.loads(self._file.read_text())
-            return dict(record["metrics"]) if record["step"] == step else None
+            if record["step"] == step:
+                return dict(record["metrics"])
         except (OSError, ValueError, KeyError, TypeError):
-            return None
+            pass
+        self._remove()  # of a step that the run has not got any more
+        return None
 
     def note(self, step: int, metrics: dict[str, float | int | None]) -> None:
         def write() -> None:
@@ -170,51 +189,59 @@ class Owed:
     def settle(self) -> None:
         """It has been made, and its line and checkpoint written."""
         self.metrics = None
+        self._mesh.on_main(self._remove)
 
-        def remove() -> None:
-            with contextlib.suppress(OSError):
-                self._file.unlink()
-
-        self._mesh.on_main(remove)
-
-
-def evaluation_dir(run_dir: Path, step: int) -> Path:
-    """RUN/eval/step-N."""
-    return run_dir / EVALUATIONS / f"step-{step:06d}"
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.unlink()
 
 
 class BestSoFar:
-    """The best evaluation of a run, kept in RUN/eval/best.json over restarts. The same on all ranks."""
+    """The best evaluation of a run, kept in RUN/eval/best.json over restarts. What it is only the main rank
+    knows: its checkpoint may still be under way, or fail.
+    """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._metric, self._sign = config.eval.best_metric, 1 if config.eval.best_mode == "max" else -1
-        self._file = config.run_dir / EVALUATIONS / _BEST
-        self.value: float | None = None
-        self.step: int | None = None
-        try:
-            record = json.loads(self._file.read_text())
-            if (record["metric"], record["mode"]) == (self._metric, config.eval.best_mode):
-                self.value, self.step = float(record["value"]), int(record["step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        self._mode = config.eval.best_mode
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self._metric, self._mode = config.eval.best_metric, config.eval.best_mode
+        self._mesh = mesh
+        self._file = config.run_dir / EVALUATIONS / BEST_FILE
+        self._kept = self._read() if mesh.is_main else None
+        self._pending: float | None = None  # of the checkpoint that is under way
 
-    def improves(self, metrics: dict[str, float | int | None]) -> bool:
-        """Whether these metrics are the best so far."""
+    def improves(self, metrics: dict[str, float | int | None], saving: Callable[[], bool]) -> bool:
+        """Whether these metrics, which all ranks have alike, are the best so far. saving: says on the main
+        rank whether a save is under way.
+        """
         value = metrics.get(self._metric) if self._metric else None
-        return value is not None and (self.value is None or self._sign * (value - self.value) > 0)
+        return value is not None and self._mesh.on_main(lambda: self._beats(value, saving()))
 
     def note(self, step: int, metrics: dict[str, float | int | None]) -> Callable[[], None]:
-        """Remembers, on all ranks, that the checkpoint of `step` will be the best; what writes it down, for
-        the main rank to call when that checkpoint is there.
+        """The checkpoint of `step` is about to be saved as the best; what writes it down, for the main rank
+        to call when that checkpoint is there.
         """
         value = metrics[self._metric or ""]
         assert value is not None
-        self.value, self.step = float(value), step
-        fields = {"step": step, "metric": self._metric, "mode": self._mode, "value": self.value}
+        fields = {"step": step, "metric": self._metric, "mode": self._mode, "value": float(value)}
+        self._pending = float(value)
 
         def write() -> None:
             self._file.parent.mkdir(exist_ok=True)
             write_atomically(self._file, (json.dumps(fields) + "\n").encode())
+            self._kept = float(value)
 
         return write
+
+    def _beats(self, value: float, saving: bool) -> bool:
+        if not saving:  # what was is kept by now, or it has failed
+            self._pending = None
+        before = self._kept if self._pending is None else self._pending
+        beats = before is None or (value > before if self._mode == "max" else value < before)
+        return math.isfinite(value) and beats
+
+    def _read(self) -> float | None:
+        try:
+            record = json.loads(self._file.read_text())
+            same = (record["metric"], record["mode"]) == (self._metric, self._mode)
+            return float(record["value"]) if same else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None

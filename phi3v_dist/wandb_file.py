@@ -2,7 +2,7 @@
 
 The file is LevelDB's log format (blocks of 32 KiB; fragments with checksum, length, kind) of protobuf records
 behind a header of 7 bytes; wandb 0.31 writes it but has no reader in Python. In: a path. Out: one dict per
-logged step. Called by the tracker, to go on where an earlier start of the run stopped, and by tests.
+logged step. Called by `wandb_run`, to go on where an earlier start of the run stopped, and by tests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from phi3v_dist.rundir import STEP
 
 _BLOCK, _HEADER = 32768, 7
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
@@ -42,7 +44,7 @@ def last_step(wandb_dir: Path, run_id: str) -> int:
     step = 0
     for path in sorted(wandb_dir.glob(f"*run-*-{run_id}/run-{run_id}.wandb")):
         for items in history(path):
-            step = max(step, int(items.get("train/global_step", 0)))
+            step = max(step, int(items.get(STEP, 0)))
     return step
 
 

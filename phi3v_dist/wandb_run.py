@@ -3,7 +3,8 @@
 In: the run directory. Out: a W&B run, one over all starts of the training run, with every step once. The
 training loop never waits for it: a slow W&B falls behind and catches up from the file, a dead one is left
 alone with one warning, and what it has missed is sent by the next start or by `phi3v report --sync`. wandb is
-imported here and nowhere else, in the thread. Called by the tracker.
+imported here and nowhere else, in the thread. Called by the tracker and
+`phi3v report --sync`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import psutil
 
 from phi3v_dist import checkpoint
 from phi3v_dist.config import RunConfig
+from phi3v_dist.rundir import CHECKPOINTS, METRICS, RUN_ID, STEP, evaluation_dir
 from shards.atomic import write_atomically
 from shards.format import BadInputError
 
-RUN_ID = "wandb_id"
 FOLDER = "wandb"
 _POLL_S = 1.0
 _INIT_TIMEOUT_S = 60.0
@@ -72,11 +73,11 @@ class Mirror:
             place = 0
             while True:
                 closing = self._closing.is_set()  # asked before reading: then the last line is among them
-                lines, place = _new_lines(self._run_dir / "metrics.jsonl", place)
+                lines, place = _new_lines(self._run_dir / METRICS, place)
                 for line in lines:
-                    if line["train/global_step"] > self.sent:
+                    if line[STEP] > self.sent:
                         run.log(line | _table(self._run_dir, line))
-                        self.sent = line["train/global_step"]
+                        self.sent = line[STEP]
                 self._send_best(run)
                 if closing:
                     break
@@ -92,7 +93,7 @@ class Mirror:
             _end_service()
 
     def _end(self, run: Any) -> None:
-        last = checkpoint.newest(self._run_dir / "checkpoints")
+        last = checkpoint.pointed(self._run_dir / CHECKPOINTS, checkpoint.LATEST)
         if self._exit_code == 0 and last is not None:
             _log_model(run, self._config, last, ["latest"])
         if self.preempting:
@@ -103,7 +104,7 @@ class Mirror:
         best = _pointer(self._run_dir, checkpoint.BEST)
         if best is None or best == self._best_sent:
             return
-        target = checkpoint.best(self._run_dir / "checkpoints")
+        target = checkpoint.best(self._run_dir / CHECKPOINTS)
         if target is not None:
             _log_model(run, self._config, target, ["best"])
         self._best_sent = best
@@ -178,11 +179,11 @@ def start_run(config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any]
             type(error).__name__, first, run_dir,
         )  # fmt: skip
         run = _init(config, run_dir, "offline", about)
-    run.define_metric("train/global_step", hidden=True)
-    run.define_metric("*", step_metric="train/global_step")
+    run.define_metric(STEP, hidden=True)
+    run.define_metric("*", step_metric=STEP)
     if config.eval.best_metric:
         summary = config.eval.best_mode
-        run.define_metric(config.eval.best_metric, step_metric="train/global_step", summary=summary)
+        run.define_metric(config.eval.best_metric, step_metric=STEP, summary=summary)
     return run
 
 
@@ -192,7 +193,7 @@ def recorded_step(run_dir: Path, run: Any) -> int:
 
     on_disk = last_step(run_dir / FOLDER, (run_dir / RUN_ID).read_text().strip())
     try:
-        return max(on_disk, int(run.summary.get("train/global_step") or 0))
+        return max(on_disk, int(run.summary.get(STEP) or 0))
     except (TypeError, ValueError):
         return on_disk
 
@@ -239,9 +240,8 @@ def _new_lines(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
 def _table(run_dir: Path, line: dict[str, Any]) -> dict[str, Any]:
     """The answers of the evaluation at this line's step as a W&B table, if there was one."""
     from phi3v_dist.evaluate import TABLE
-    from phi3v_dist.validation import evaluation_dir
 
-    file = evaluation_dir(run_dir, line["train/global_step"]) / TABLE
+    file = evaluation_dir(run_dir, line[STEP]) / TABLE
     if not any(key.startswith("eval/") for key in line) or not file.exists():
         return {}
     import pyarrow.parquet as pq
@@ -256,13 +256,13 @@ def _table(run_dir: Path, line: dict[str, Any]) -> dict[str, Any]:
         data = row["picture"]
         picture = None if data is None else wandb.Image(Image.open(io.BytesIO(data)))
         texts = [row[name] for name in ("key", *fixed)]
-        table.add_data(line["train/global_step"], picture, *texts, *(row[name] for name in errors))
+        table.add_data(line[STEP], picture, *texts, *(row[name] for name in errors))
     return {"eval/predictions": table}
 
 
 def _pointer(run_dir: Path, name: str) -> str | None:
     try:
-        return (run_dir / "checkpoints" / name).read_text().strip()
+        return (run_dir / CHECKPOINTS / name).read_text().strip()
     except OSError:
         return None
 
@@ -293,8 +293,8 @@ def _log_model(run: Any, config: RunConfig, target: Path, aliases: list[str]) ->
 
 
 def _value_at(run_dir: Path, step: int, metric: str | None) -> float | None:
-    lines, _ = _new_lines(run_dir / "metrics.jsonl", 0)
-    found = [line[metric] for line in lines if line["train/global_step"] == step and metric in line]
+    lines, _ = _new_lines(run_dir / METRICS, 0)
+    found = [line[metric] for line in lines if line[STEP] == step and metric in line]
     return found[-1] if found else None
 
 

@@ -71,7 +71,8 @@ def keep_whole(
 
 
 def gather_whole(engine: Any, config: Phi3VConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    """A plain copy, on every rank, of the model that the ZeRO-3 `engine` holds in parts; adapters are merged.
+    """A plain copy, on `device` of every rank, of the model that the ZeRO-3 `engine` holds in parts; adapters
+    are merged.
 
     The slices of many parameters travel together: DeepSpeed's own gathering takes a collective and two hooks
     for each.
@@ -86,15 +87,15 @@ def gather_whole(engine: Any, config: Phi3VConfig, dtype: torch.dtype, device: t
             while pairs and pairs[0][1].ds_tensor.dtype == kind and size < _TOGETHER:
                 size += pairs[0][1].ds_tensor.numel()
                 together.append(pairs.pop(0))
-            _gather([plain for plain, _ in together], [parts for _, parts in together])
+            _gather([plain for plain, _ in together], [parts for _, parts in together], device)
     return merge_lora(copy)
 
 
-def _gather(plain: list[torch.Tensor], parts: list[Any]) -> None:
+def _gather(plain: list[torch.Tensor], parts: list[Any], device: torch.device) -> None:
     """Fills `plain` from the slices that the ranks keep of `parts`: flat, the last one padded at its end
-    (DeepSpeed 0.19.8).
+    (DeepSpeed 0.19.8). They may be in host memory (parallel.offload_params); NCCL takes those of `device`.
     """
-    own = torch.cat([part.ds_tensor.data.view(-1) for part in parts])
+    own = torch.cat([part.ds_tensor.data.view(-1).to(device) for part in parts])
     everyone = own.new_empty(dist.get_world_size() * own.numel())
     dist.all_gather_into_tensor(everyone, own)
     everyone = everyone.view(dist.get_world_size(), own.numel())

@@ -56,6 +56,7 @@ def test_the_written_config_reads_back_equal(minimal: Path, tmp_path: Path) -> N
         ("train.epochs=1", "exactly one of train.steps and train.epochs"),
         ("model.config={hidden_size: 8}", "either model.path"),
         ("model.freeze=[visoin]", "model.freeze.0: input should be 'vision'"),
+        ("model.freeze=[vision, projector, decoder]", "nothing would learn"),
         ("train.betas=[0.9]", "two numbers"),
         ("name=../elsewhere", "name: string should match"),
         ("data.path=${oc.env:PHI3V_NOT_SET}", "PHI3V_NOT_SET"),

@@ -1,6 +1,6 @@
 """Documents -> one packed row. Torch tensors are made here and nowhere before.
 
-In: `Document`s (ids, labels, uint8 tiles). Out: `PackedRow`. Called by the loader and by evaluation.
+In: `Document`s (ids, labels, uint8 tiles). Out: `PackedRow`. Called by the loader.
 """
 
 from __future__ import annotations

@@ -41,8 +41,7 @@ _CLOSING_S = 10.0  # for rows under way, once nobody wants them any more
 @dataclass(frozen=True)
 class LoadedRow:
     """A row and what is in it. tokens: without padding. masked: targets that the plan counts and bad
-    samples have lost.
-    bad: "shard key: reason" of every unreadable sample.
+    samples have lost. bad: "shard key: reason" of every unreadable sample.
     """
 
     row: PackedRow

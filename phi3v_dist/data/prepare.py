@@ -3,7 +3,7 @@ kept.
 
 In: the configuration, the tokenizer, the tile side, a directory for files. Out: `PreparedData`. The files are
 named after everything that shapes them: the index, the tokenizer, num_crops, the template, the settings of
-the plan. Called by the train loop (on the main rank first) and `phi3v plan`.
+the plan. Called by the train loop (on the main rank first), `phi3v plan` and `phi3v debug row`.
 """
 
 from __future__ import annotations

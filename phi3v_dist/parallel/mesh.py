@@ -11,6 +11,7 @@ import datetime
 import gc
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,14 @@ class Mesh:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
+    def sum_of_row(self, values: list[float]) -> list[float]:
+        """Element-wise sums over the ranks that share this one's row, in float64."""
+        if self.sequence is None:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, group=self.sequence.group)
+        return [float(value) for value in tensor]
+
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank."""
         gathered: list[Any] = [None] * self.size
@@ -93,6 +102,20 @@ class Mesh:
             raise BadInputError(box[1])
         result: Result = box[0]
         return result
+
+    def everywhere(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on this rank, once it has ended on all. A BadInputError on any rank is raised
+        on every rank, with the rank and its host. `work` must not wait for other ranks.
+        """
+        results, fault = [], None
+        try:
+            results.append(work())
+        except BadInputError as error:
+            fault = f"{'' if self.is_main else f'rank {self.rank} ({socket.gethostname()}): '}{error}"
+        for each in self.gather(fault):
+            if each is not None:
+                raise BadInputError(each)
+        return results[0]
 
 
 def sequence_group(rank: int, size: int, sp: int) -> SequenceGroup | None:

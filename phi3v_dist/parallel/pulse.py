@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from phi3v_dist.exits import CRASHED, LostRankError
 from phi3v_dist.parallel.mesh import Mesh
 
 _LONGEST_PERIOD_S = 5.0
+_POLL_S = 0.2
 _WORDS_S = 10.0  # for the others to leave their word; they began to wait at about the same time
 _DEAD_AFTER = 4  # periods without a sign
+_OUT = "pulse/out"  # key: the ranks that have left word, each with a comma behind it
+_SHOWN = 8  # ranks that a message describes; also those that warn of a slow step
 _COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|peer", re.I)
 _log = logging.getLogger(__name__)
 
@@ -65,29 +69,29 @@ class Pulse:
         if self._mesh.size == 1 or not is_collective_failure(error):
             return None
         self._out = True
-        others = [rank for rank in range(self._mesh.size) if rank != self._mesh.rank]
-        silent, places = others, {}
+        silent = sorted({*range(self._mesh.size)} - {self._mesh.rank})
+        places: dict[int, list[Any]] = {}
         try:
-            self._mesh.store.set(self._key("out", self._mesh.rank), "1")
+            self._mesh.store.append(_OUT, f"{self._mesh.rank},")
             until = time.monotonic() + min(_WORDS_S, self._mesh.timeout_s)
             while silent and time.monotonic() < until:
-                silent = [rank for rank in silent if not self._mesh.store.check([self._key("out", rank)])]
-                time.sleep(0.1)
-            places = self._places()
+                time.sleep(_POLL_S)
+                out = {*self._mesh.store.get(_OUT).decode().split(",")}
+                silent = [rank for rank in silent if str(rank) not in out]
+            places = self._places(silent[:_SHOWN])
         except Exception as failure:  # the store is gone with the node that kept it
             _log.warning("the ranks' store does not answer: %s", failure)
         reason = " ".join(str(error).split())
         if not silent:
             who = "all ranks answered: a connection between them broke"
         else:
-            who = "silent: " + "; ".join(_described(rank, places.get(rank)) for rank in silent[:8])
-            if len(silent) > 8:
-                who += f" and {len(silent) - 8} more"
+            who = "silent: " + "; ".join(_described(rank, places.get(rank)) for rank in silent[:_SHOWN])
+            if len(silent) > _SHOWN:
+                who += f" and {len(silent) - _SHOWN} more"
         step, doing = self._place[1:3]
         return LostRankError(
             f"rank {self._mesh.rank} ({socket.gethostname()}) lost its peers in step {step} ({doing}); "
-            f"{who}; the "
-            f"same command goes on from the last checkpoint [{reason[:300]}]"
+            f"{who}; the same command goes on from the last checkpoint [{reason[:300]}]"
         )
 
     def _beat(self) -> None:
@@ -97,12 +101,12 @@ class Pulse:
             try:
                 host = socket.gethostname()
                 place = json.dumps([*self._place, time.time(), host])
-                self._mesh.store.set(self._key("place", self._mesh.rank), place)
+                self._mesh.store.set(_place_key(self._mesh.rank), place)
                 count, step, doing, since = self._place
                 if warned_at != count and time.time() - since > self._mesh.timeout_s / 2 and not self._out:
                     warned_at = count
                     self._warn(step, doing, time.time() - since)
-                if words_since is None and self._others_are_out():
+                if words_since is None and self._mesh.store.check([_OUT]):
                     words_since = time.monotonic()
             except Exception:  # the store is gone; whoever holds it has ended, and so will this
                 continue
@@ -111,8 +115,12 @@ class Pulse:
                 self._end()
 
     def _warn(self, step: int, doing: str, seconds: float) -> None:
-        """One line in this rank's log about who may be holding up the others."""
-        places = self._places()
+        """One line in this rank's log about who may be holding up the others. Of the first ranks alone: each
+        asks for every place, and all wait at the same time.
+        """
+        if self._mesh.rank >= _SHOWN:
+            return
+        places = self._places(range(self._mesh.size))
         behind = [rank for rank in range(self._mesh.size) if _is_dead(places.get(rank), self._period)]
         if not behind:
             least = min(place[0] for place in places.values())
@@ -120,25 +128,20 @@ class Pulse:
         if len(behind) < self._mesh.size:
             _log.warning(
                 "step %d (%s) has taken %.0f s; behind the others: %s", step, doing, seconds,
-                "; ".join(_described(rank, places.get(rank)) for rank in behind[:8]),
+                "; ".join(_described(rank, places.get(rank)) for rank in behind[:_SHOWN]),
             )  # fmt: skip
 
-    def _places(self) -> dict[int, list[Any]]:
+    def _places(self, ranks: Iterable[int]) -> dict[int, list[Any]]:
         """By rank: count, step, what it is doing, since when, when it said so, host."""
         store = self._mesh.store
-        keys = {rank: self._key("place", rank) for rank in range(self._mesh.size)}
+        keys = {rank: _place_key(rank) for rank in ranks}
         return {rank: json.loads(store.get(key)) for rank, key in keys.items() if store.check([key])}
-
-    def _others_are_out(self) -> bool:
-        keys = [self._key("out", rank) for rank in range(self._mesh.size) if rank != self._mesh.rank]
-        return any(self._mesh.store.check([key]) for key in keys)
 
     def _end(self) -> None:
         stacks = self._logs / f"rank-{self._mesh.rank}.stacks"
         line = (
-            f"rank {self._mesh.rank} ({socket.gethostname()}): the other ranks have given up on this "
-            "one, which is "
-            f"in step {self._place[1]} ({self._place[2]}); ending it, its stacks are in {stacks}"
+            f"rank {self._mesh.rank} ({socket.gethostname()}): the other ranks have given up on this one, "
+            f"which is in step {self._place[1]} ({self._place[2]}); ending it, its stacks are in {stacks}"
         )
         try:
             with stacks.open("w") as stream:
@@ -148,8 +151,9 @@ class Pulse:
         finally:
             os._exit(CRASHED)
 
-    def _key(self, kind: str, rank: int) -> str:
-        return f"pulse/{kind}/{rank}"
+
+def _place_key(rank: int) -> str:
+    return f"pulse/place/{rank}"
 
 
 def is_collective_failure(error: BaseException) -> bool:

@@ -13,6 +13,8 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +76,16 @@ def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
     """Removes what a killed start has left of the run's files, and compiles DeepSpeed's asynchronous I/O if
     need be, once on each node. All ranks call it.
 
-    Raises BadInputError if it cannot be compiled as parallel.offload_optimizer=nvme needs it.
+    Raises BadInputError on every rank if it cannot be compiled as parallel.offload_optimizer=nvme needs it.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     if mesh.local_rank == 0:
         shutil.rmtree(swap_dir(config), ignore_errors=True)
-    mesh.barrier()
+    mesh.everywhere(partial(_compile, Path(config.parallel.offload_path or "")))
+
+
+def _compile(offload_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     builder = AsyncIOBuilder()
     if not builder.is_compatible(verbose=False):
         raise BadInputError(
@@ -88,7 +93,7 @@ def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
             "compiler on every node (Debian: libaio-dev, g++, ninja-build); install them, or offload to cpu"
         )
     version = f"torch-{torch.__version__}-python-{platform.python_version()}"
-    folder = Path(config.parallel.offload_path or "") / "extensions" / version
+    folder = offload_path / "extensions" / version
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     with (folder / "turn").open("w") as turn:
@@ -97,7 +102,13 @@ def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
         for left in folder.glob("*/lock"):
             _log.warning("%s: left by a start that was killed; removed", left)
             left.unlink()
-        builder.load(verbose=False)
+        try:
+            builder.load(verbose=False)
+        except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+            raise BadInputError(
+                f"parallel.offload_optimizer=nvme: DeepSpeed's asynchronous I/O cannot be compiled in "
+                f"{folder} ({' '.join(str(error).split())[:300]}); mend that, or offload to cpu"
+            ) from error
 
 
 def remove_swapped(config: RunConfig, mesh: Mesh) -> None:

@@ -1,7 +1,7 @@
 """DeepSpeed as this project uses it: ZeRO stage 3, its own loop around it.
 
 In: the run's configuration and the mesh. Out: the configuration dict and the engine. Called by the train
-loop.
+loop, and by evaluation with partitioned weights.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 WIDTH, HEIGHT = 560, 220  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 28
@@ -38,7 +38,6 @@ class Frame:
     right: float
     low: float
     high: float
-    log: bool = field(default=False)
 
     def x(self, value: float) -> float:
         span = (self.right - self.left) or 1.0

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from phi3v_dist.config import flatten
 from phi3v_dist.report.charts import COLOURS, Curve, chart, number
 from phi3v_dist.report.read import Evaluated, Run, read_run
+from phi3v_dist.rundir import STEP
 from shards.format import BadInputError
 
 _ANSWERS = 100  # rows of a table of answers
@@ -175,7 +177,7 @@ def _timeline(runs: Sequence[Run]) -> str:
         if not spans:
             continue
         begin = spans[0][0]
-        times = [(line["time/unix"], line["train/global_step"]) for line in run.lines if "time/unix" in line]
+        times = [(line["time/unix"], line[STEP]) for line in run.lines if "time/unix" in line]
         curves.append(Curve(run.name, [((t - begin) / seconds, step) for t, step in times], place))
         for start, (began, ended) in zip(run.starts, spans, strict=False):
             job = ", ".join(f"{k}={v}" for k, v in (start.get("job") or {}).items() if "ELASTIC" not in k)
@@ -306,7 +308,7 @@ def _data(runs: Sequence[Run]) -> str:
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    flat = [dict(_flatten(run.config)) for run in runs]
+    flat = [dict(flatten(run.config)) for run in runs]
     keys = sorted({key for each in flat for key in each})
     rows = []
     for key in keys:
@@ -314,16 +316,6 @@ def _differences(runs: Sequence[Run]) -> str:
         if len(set(values)) > 1:
             rows.append((key, [html.escape(value) for value in values]))
     return _table(["key", *(run.name for run in runs)], rows) if rows else "<p>Nothing.</p>"
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat += _flatten(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat
 
 
 def _last(run: Run) -> str:

@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 
 from phi3v_dist.evaluate import PREDICTIONS, SCORES, TABLE
 from phi3v_dist.exits import EXIT_FILE
-from phi3v_dist.rundir import CONFIG
-from phi3v_dist.track import METRICS, STARTS, STEP, read_metrics
-from phi3v_dist.validation import EVALUATIONS
+from phi3v_dist.rundir import BEST_FILE, CONFIG, EVALUATIONS, METRICS, STARTS, STEP
+from phi3v_dist.track import read_metrics
 from shards.format import BadInputError
 
 
@@ -83,7 +82,7 @@ def read_run(run_dir: Path, rows: int) -> Run:
         evaluations,
         _json(run_dir / CONFIG),
         _json(run_dir / EXIT_FILE),
-        _json(run_dir / EVALUATIONS / "best.json"),
+        _json(run_dir / EVALUATIONS / BEST_FILE),
     )
 
 

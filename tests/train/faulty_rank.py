@@ -3,10 +3,12 @@
 
 A fault is `what:rank:step:where`. It happens once in the life of a run (a file beside the config notes it),
 when that rank begins `where` in that step (from 0): one of the places that Pulse.at is told, or `backward`.
-what: a signal's name, `sleep` (for ever), `config` (the rank has another learning rate; at once), `stall` (no
-row comes any more after the second), `nan` (the losses of that step, however often), `nans` (of every step).
+what: a signal's name, `sleep` (for ever), `config` (the rank has another learning rate; at once), `data` (it
+looks for its data in the directory `elsewhere` beside the config; at once), `stall` (no row comes any more
+after the second), `nan` (the losses of that step, however often), `nans` (of every step).
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -38,8 +40,9 @@ def install(fault: str, config: str) -> None:
     what, rank, step, where = (fault.split(":") + ["", "", ""])[:4]
     if int(rank) != RANK:
         return
-    if what == "config":
-        sys.argv.append("train.lr=0.123")
+    if what in ("config", "data"):
+        elsewhere = Path(config).with_name("elsewhere")
+        sys.argv.append({"config": "train.lr=0.123", "data": f"data.path={elsewhere}"}[what])
         return
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -87,7 +90,8 @@ def install(fault: str, config: str) -> None:
             for number, row in enumerate(rows):
                 if number == 2 and once(config, fault):
                     Path(config).with_name("stalled").touch()
-                    happen("sleep")
+                    with contextlib.suppress(Exception):  # as a decoder may that reads in this process
+                        happen("sleep")
                 yield row
 
         Feed.__init__ = stuck  # type: ignore[method-assign]

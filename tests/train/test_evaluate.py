@@ -14,30 +14,14 @@ from phi3v_dist.evaluate import How, evaluate, write_evaluation
 from phi3v_dist.export import export
 from phi3v_dist.model.hub import load_config as load_model_config
 from phi3v_dist.origin import Origin, prepare_origin
-from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.questions import Questions, Shape, make_batches, read_split
 from phi3v_dist.restore import Restored, find_source, restore
 from shards.build import BuildOptions, build
 from shards.format import BadInputError, read_index
 from shards.sample import make_catalogue
+from tests.train.alone import ALONE
 from tests.train.evaluate_rank import HOW
 from tests.train.ranks import finish, start
-
-
-class Alone(Mesh):
-    """The mesh of one process that needs no process group."""
-
-    def on_main(self, work):  # type: ignore[no-untyped-def]
-        return work()
-
-    def gather(self, value):  # type: ignore[no-untyped-def]
-        return [value]
-
-    def sum(self, values):  # type: ignore[no-untyped-def]
-        return values
-
-
-ALONE = Alone(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ run ends as docs/faults.md says, leaves nothing behind, and the same command goe
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -198,8 +200,11 @@ def test_an_evaluation_that_was_broken_off_is_made_by_the_next_start(tiny_config
 
 def test_numbers_that_stay_bad_end_the_run_with_the_weights_as_they_were(tiny_config: Path) -> None:
     job = Job(tiny_config)
-    code, output = job.run(1, "nans:0", "train.max_bad_steps=3", "train.steps=9")
+    code, output = job.run(2, "nans:0,nans:1", "train.max_bad_steps=3", "train.steps=9", "parallel.sp=2")
     assert code == DIVERGED
+    assert not (job.run_dir / "logs/rows-rank-1.jsonl").exists(), "the two ranks share their rows"
+    notes = (job.run_dir / "logs/rows-rank-0.jsonl").read_text().splitlines()
+    assert {(json.loads(note)["rank"], json.loads(note)["row_loss"]) for note in notes} == {(0, "nan")}
     assert "and 3 steps in a row were skipped" in output
     first = checkpoint.newest(job.run_dir / "checkpoints")
     assert first is None, "nothing was learnt, nothing is to be saved"
@@ -218,3 +223,32 @@ def test_ranks_that_are_not_alike_are_refused_by_name(tiny_config: Path) -> None
     code, output = Job(tiny_config).run(2, "config:1")
     assert code == USAGE
     assert "rank 1 (" in output and "train.lr is 0.123 there, 0.0015 here" in output
+
+
+def test_what_one_rank_alone_cannot_use_is_said_by_all(tiny_config: Path) -> None:
+    elsewhere = tiny_config.with_name("elsewhere")
+    elsewhere.mkdir()
+    code, output = Job(tiny_config).run(2, "data:1")
+    assert code == USAGE
+    assert f"phi3v: rank 1 ({socket.gethostname()}): {elsewhere}" in output
+
+
+def test_an_evaluation_that_fails_costs_the_run_nothing_else(tiny_config: Path) -> None:
+    job = Job(tiny_config)
+    answering = ("eval.loss_samples=1", "eval.generate_samples=3", "eval.every_steps=1")
+    code, output = job.run(2, "none:9", *answering, "train.steps=1", "eval.metrics=[json:loads]")
+    assert code == DONE, output[-3000:]
+    assert "step 1: NO SCORES of the answers: metric loads failed" in output
+    shutil.move(job.run_dir / "eval/best.json", job.run_dir / "best.json")
+    (job.run_dir / "eval").rmdir()
+    (job.run_dir / "eval").write_text("a file, where no directory can be made")
+    code, output = job.run(2, "none:9", *answering, "train.steps=2", "eval.best_metric=null")
+    assert code == DONE and "the answers cannot be written" in output
+    (job.run_dir / "eval").unlink()
+    code, output = job.run(2, "none:9", *answering, "train.steps=3")
+    lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [("eval/loss" in line, "eval/exact_match" in line) for line in lines] == [
+        (True, False), (True, True), (True, True),
+    ]  # fmt: skip
+    predictions = (job.run_dir / "eval/step-000003/predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 2, "all of the split, though only one sample has its loss taken"

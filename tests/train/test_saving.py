@@ -286,6 +286,22 @@ def test_a_slow_disk_fails_the_save_and_the_next_one_waits_for_it(
     assert saver.failures == 0 and [path.name for path in checkpoints(tmp_path)] == ["step-000003"]
 
 
+def test_a_save_that_has_ended_is_not_late_while_its_thread_leaves(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = Saver._end
+
+    def lingering(self: Saver, save: Any, outcome: str) -> None:
+        end(self, save, outcome)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Saver, "_end", lingering)
+    saver = run.saver(tmp_path, **{"async": True})
+    saver.save(Progress(step=1))
+    saver.save(Progress(step=2), wait=True)
+    assert saver.failures == 0 and len(checkpoints(tmp_path)) == 2
+
+
 def test_frozen_weights_that_outweigh_the_rest_stay_in_their_model_directory(
     run: Run, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -20,9 +21,11 @@ from phi3v_dist.answers import thumbnail
 from phi3v_dist.config import RunConfig, load_config
 from phi3v_dist.progress import describe
 from phi3v_dist.provenance import provenance
+from phi3v_dist.rundir import evaluation_dir
 from phi3v_dist.track import Tracker, host_memory, read_metrics, resolve_mode
-from phi3v_dist.validation import BestSoFar, evaluation_dir
+from phi3v_dist.validation import BestSoFar
 from phi3v_dist.wandb_file import history
+from tests.train.alone import ALONE
 
 
 def config(tmp_path: Path, mode: str, *overrides: str) -> RunConfig:
@@ -61,7 +64,8 @@ def test_a_resumed_run_has_no_step_twice_and_no_half_line(run_dir: Path) -> None
         first.log(step, {"train/loss": step / 2, "eval/price_mae": None, "x": float("nan")})
     first.close()
     with (run_dir / "metrics.jsonl").open("a") as stream:
-        stream.write('{"train/global_step": 6, "train/lo')
+        stream.write('\0\0\0 left by a crash of the machine\n{"train/global_step": 6, "train/lo')
+    assert len(read_metrics(run_dir / "metrics.jsonl")) == 5
     second = Tracker(config(run_dir, "disabled"), run_dir, 3, {"world_size": 4})
     second.log(4, {"train/loss": 9.0})
     second.close()
@@ -220,15 +224,28 @@ def test_the_mode_follows_config_environment_and_key(run_dir: Path, monkeypatch:
 
 def test_the_best_evaluation_outlives_a_restart(run_dir: Path) -> None:
     ours = config(run_dir, "disabled", "eval.best_metric=eval/f1", "eval.best_mode=max")
-    best = BestSoFar(ours)
-    assert best.improves({"eval/f1": 0.5}) and not best.improves({"eval/loss": 1.0})
+    best = BestSoFar(ours, ALONE)
+    assert best.improves({"eval/f1": 0.5}, nothing) and not best.improves({"eval/loss": 1.0}, nothing)
     write = best.note(10, {"eval/f1": 0.5})
-    assert BestSoFar(ours).value is None, "it is written down when its checkpoint is there"
+    assert not (run_dir / "eval/best.json").exists(), "it is written down when its checkpoint is there"
     write()
-    again = BestSoFar(ours)
-    assert (again.step, again.value) == (10, 0.5)
-    assert again.improves({"eval/f1": 0.6}) and not again.improves({"eval/f1": 0.5})
-    assert BestSoFar(config(run_dir, "disabled")).value is None  # of another metric
+    again = BestSoFar(ours, ALONE)
+    assert again.improves({"eval/f1": 0.6}, nothing) and not again.improves({"eval/f1": 0.5}, nothing)
+    assert not again.improves({"eval/f1": math.nan}, nothing)
+    others = BestSoFar(config(run_dir, "disabled"), ALONE)
+    assert others.improves({"eval/loss": 9.0}, nothing), "that was of another metric"
+
+
+def test_an_evaluation_is_not_the_best_if_its_checkpoint_failed(run_dir: Path) -> None:
+    best = BestSoFar(config(run_dir, "disabled"), ALONE)
+    best.note(10, {"eval/loss": 1.0})
+    assert not best.improves({"eval/loss": 2.0}, lambda: True), "that one is still being written"
+    assert best.improves({"eval/loss": 2.0}, nothing), "it is not there"
+
+
+def nothing() -> bool:
+    """Nothing is being saved."""
+    return False
 
 
 def test_what_made_a_run_is_told_without_secrets(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
