@@ -217,6 +217,8 @@ def _vision(config: RunConfig, model: Phi3VConfig, pictures: tuple[int, int], si
     projector = (patches // 4) * (4 * token + 3 * model.hidden_size * size)
     tokens = mine * (patches // 4) * model.hidden_size * size
     work, kept = 3 * tokens, []
+    if "vision" in config.model.freeze and "projector" not in config.model.freeze:
+        kept = [Component("features of the frozen tower", mine * (patches - 1) * token)]
     if config.model.gradient_checkpointing:
         work += chunk * (layer + clip.num_hidden_layers * patches * token + projector + pixels * (4 + size))
     else:  # the decoder works while all of it is kept

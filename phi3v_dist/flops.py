@@ -108,7 +108,9 @@ def row_flops(run: RunConfig, model: Phi3VConfig, shape: RowShape) -> Flops:
     per_view = linear * (patches + 1) + 2 * clip.hidden_size * (patches + 1) ** 2
     tower = float((clip.num_hidden_layers - 1) * per_view * shape.views)
     pixels = float(patches * clip.patch_size**2 * 3 * clip.hidden_size * shape.views)
-    projector = float((4 * clip.hidden_size + hidden) * hidden * (patches // 4) * shape.views)
+    tower_last = (clip.num_hidden_layers - 1) * clip.hidden_size * clip.intermediate_size * (patches + 1)
+    projector_in = 4.0 * clip.hidden_size * hidden * (patches // 4) * shape.views
+    projector_out = float(hidden * hidden * (patches // 4) * shape.views)
 
     frozen = run.model.freeze
     adapted = run.model.lora.parts if run.model.lora else []
@@ -116,22 +118,26 @@ def row_flops(run: RunConfig, model: Phi3VConfig, shape: RowShape) -> Flops:
     # forward, gradients of inputs, gradients of weights; adapters themselves are too small to count
     decoder_passes = 2 if "decoder" in (*frozen, *adapted) else 3
     tower_passes = (2 if "vision" in adapted else 3) if tower_learns else 1
-    projector_in_full = projector_learns and "projector" not in adapted
-    projector_passes = 1 + projector_in_full + (tower_learns or projector_learns)
+    projector_passes = 1 + (projector_learns and "projector" not in adapted)
     used = (
         decoder_passes * (projections + gate_up + down + head)
         + 3 * attention
         + tower_passes * tower
         + (1 + tower_learns) * pixels
-        + projector_passes * projector
+        + (projector_passes + tower_learns) * projector_in
+        + (projector_passes + (tower_learns or projector_learns)) * projector_out
     )
     again = head  # the loss head makes its logits a second time
     if run.model.gradient_checkpointing:
+        # What is computed again ends at the last tensor that backward needs: without a last product.
         again += projections + attention + gate_up
-        again += down if run.parallel.tile_mlp else 0.0  # else it is the layer's last product: not repeated
+        again += down if run.parallel.tile_mlp else 0.0
+        in_chunks = shape.views > run.views_per_call
         if tower_learns:
-            calls = -(-shape.views // run.views_per_call)
-            again += (tower + pixels) * (2 if calls > 1 else 1) + (projector if calls > 1 else 0.0)
+            again += tower - tower_last * shape.views
+            again += (pixels + tower + projector_in) if in_chunks else 0.0
+        elif projector_learns:
+            again += projector_in if in_chunks else 0.0
     elif run.parallel.tile_mlp:
         again += gate_up + down
     return Flops(2.0 * used, 2.0 * (used + again))

@@ -158,21 +158,32 @@ class VisionEmbedding(nn.Module):
         total = max(num_views, calls)
         dtype = self.glb_GN.dtype
         bounds = [total * call // calls for call in range(calls + 1)]
+        saving = self.gradient_checkpointing and self.training and calls > 1
+        tower_learns = any(parameter.requires_grad for parameter in self.img_processor.parameters())
         chunks = []
         for start, stop in zip(bounds, bounds[1:], strict=False):
             raw = tiles[start : min(stop, num_tiles)]
             whole = globals_[max(start - num_tiles, 0) : max(min(stop, num_views) - num_tiles, 0)]
             blanks = stop - max(start, num_views) if stop > num_views else 0
-            if self.gradient_checkpointing and self.training and calls > 1:
-                chunk = self._gradient_checkpointing_func(self._encode_chunk, raw, whole, blanks, dtype)
-            else:
+            if not saving:
                 chunk = self._encode_chunk(raw, whole, blanks, dtype)
+            elif tower_learns:
+                chunk = self._gradient_checkpointing_func(self._encode_chunk, raw, whole, blanks, dtype)
+            else:  # backward ends at the projection, for which the tower need not run again
+                features = self._features(raw, whole, blanks, dtype)
+                chunk = self._gradient_checkpointing_func(self._project, features)
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _encode_chunk(
         self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
     ) -> torch.Tensor:
+        return self._project(self._features(tiles, globals_, blanks, dtype))
+
+    def _features(
+        self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[views, side^2, width] of the tower."""
         parts = []
         if len(tiles):
             parts.append((normalise(tiles) if tiles.dtype == torch.uint8 else tiles).to(dtype))
@@ -180,8 +191,15 @@ class VisionEmbedding(nn.Module):
             parts.append(globals_.to(dtype))
         if blanks:
             parts.append(torch.zeros(blanks, 3, self.tile, self.tile, dtype=dtype, device=tiles.device))
-        features = self.img_processor.vision_model(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return self.img_projection(self._merge(features).flatten(0, 2))
+        found: torch.Tensor = self.img_processor.vision_model(
+            torch.cat(parts) if len(parts) > 1 else parts[0]
+        )
+        return found
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        """[views, side^2, width] -> [views * (side / 2)^2, hidden_size]."""
+        projected: torch.Tensor = self.img_projection(self._merge(features).flatten(0, 2))
+        return projected
 
     def _merge(self, features: torch.Tensor) -> torch.Tensor:
         """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]: 2 x 2 patches side by side."""
