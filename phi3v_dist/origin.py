@@ -10,6 +10,8 @@ tokenizer alone.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import hashlib
 import json
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CLIPVisionConfig
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.prepare import data_fingerprint
@@ -67,7 +70,7 @@ def _read(model_dir: Path, tokens: Path) -> Origin:
 def model_config_of(config: RunConfig) -> Phi3VConfig:
     """The sizes of the model before anything is there: of model.path if it exists, else as published."""
     if config.model.config is not None:
-        return Phi3VConfig(**{"pad_token_id": None, **config.model.config})
+        return _new_config(config.model.config, pad_token_id=None)
     assert config.model.path is not None
     if (Path(config.model.path) / "config.json").exists():
         return load_config(config.model.path)
@@ -82,7 +85,12 @@ def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
         load_tokenizer(tokens)
         return Path(config.model.path), tokens
     made, tokenizer = run_dir / INIT, load_tokenizer(tokens)
-    new = _new_config(config.model.config or {}, tokenizer)
+    new = _new_config(
+        config.model.config or {},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     of = {
         "config": new.to_dict(),
         "seed": config.seed,
@@ -125,13 +133,22 @@ def _note_made(directory: Path, of: dict[str, Any]) -> None:
     write_atomically(directory / _MADE_OF, (json.dumps(of, indent=1) + "\n").encode())
 
 
-def _new_config(fields: dict[str, Any], tokenizer: Any) -> Phi3VConfig:
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|end|>"),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+def _new_config(fields: dict[str, Any], **defaults: int | None) -> Phi3VConfig:
+    """The model of model.config. Raises BadInputError; a key that is none would change nothing, silently."""
+    clip = fields.get("clip_vision_config")
+    _check_keys(fields, Phi3VConfig, "model.config")
+    if isinstance(clip, dict):
+        _check_keys(clip, CLIPVisionConfig, "model.config.clip_vision_config")
     try:
-        return Phi3VConfig(**{**ids, **fields})
+        return Phi3VConfig(**{**defaults, **fields})
     except (TypeError, ValueError) as error:
         raise BadInputError(f"model.config: {' '.join(str(error).split())}") from error
+
+
+def _check_keys(found: dict[str, Any], kind: type, where: str) -> None:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise BadInputError(f"unknown key {where}.{key}; {hint}")

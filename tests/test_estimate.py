@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from phi3v_dist.config import RunConfig, load_config
-from phi3v_dist.estimate import advice, describe, estimate
+from phi3v_dist.estimate import advice, describe, estimate, head_chunk
 from phi3v_dist.model.configuration import Phi3VConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -93,3 +94,12 @@ def test_no_component_is_a_square_of_the_row_or_all_logits() -> None:
         for component, smaller in zip(long.components, half.components, strict=True):
             assert component.gpu <= 2.1 * smaller.gpu, component
             assert component.gpu < 131072 * 32064 * 4
+
+
+@pytest.mark.parametrize("targets", [1, 1000, 90_112, 90_113, 131_072])
+def test_the_loss_head_works_in_the_chunks_that_torch_chooses(targets: int) -> None:
+    model = Phi3VConfig()
+    theirs = torch.nn.LinearCrossEntropyOptions()._compute_batch_chunk_size(
+        targets, model.hidden_size, model.vocab_size, "aspect_ratio:2"
+    )
+    assert head_chunk(targets, model) == theirs

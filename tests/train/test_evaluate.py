@@ -1,6 +1,7 @@
 """Answers by generation: the same at any number of ranks, every sample once, pictures that change places."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from phi3v_dist.config import load_config
 from phi3v_dist.evaluate import How, evaluate, write_evaluation
 from phi3v_dist.export import export
 from phi3v_dist.model.hub import load_config as load_model_config
-from phi3v_dist.origin import Origin, prepare_origin
+from phi3v_dist.origin import Origin, model_config_of, prepare_origin
 from phi3v_dist.questions import Questions, Shape, make_batches, read_split
 from phi3v_dist.restore import Restored, find_source, restore
 from shards.build import BuildOptions, build
@@ -77,6 +78,20 @@ def test_a_tokenizer_of_other_data_is_made_anew_and_so_is_one_half_made(
     (origin.tokenizer_dir / "made-of.json").unlink()
     prepare_origin(config, config.run_dir, ALONE)
     assert (origin.tokenizer_dir / "tokenizer.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("hiden_size", "unknown key model.config.hiden_size; did you mean hidden_size?"),
+        ("clip_vision_config.num_layers", "clip_vision_config.num_layers; did you mean num_hidden_layers?"),
+    ],
+)
+def test_a_misspelt_key_of_a_new_model_is_refused(tiny_config: Path, key: str, words: str) -> None:
+    config = load_config(tiny_config, [f"model.config.{key}=3"])
+    for make in (model_config_of, lambda config: prepare_origin(config, config.run_dir, ALONE)):
+        with pytest.raises(BadInputError, match=re.escape(words)):
+            make(config)
 
 
 def test_samples_are_told_apart_by_a_field_of_their_meta(products: Path) -> None:
