@@ -72,6 +72,7 @@ def tiny_run(work: Path) -> Path:
 
 
 def start(config: Path, name: str, ranks: int) -> subprocess.Popen[bytes]:
+    """`phi3v launch local` of the run `name`; its output goes beside the config."""
     command = [sys.executable, "-m", "launch.cli", "launch", "local", str(config)]
     command += ["--processes", str(ranks), f"name={name}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -135,11 +136,13 @@ def disturb(
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every line, twice if it was written twice."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Of the last step."""
     newest = checkpoint.newest(run_dir / "checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == STEPS, f"no last checkpoint in {run_dir}"
     return dict(checkpoint.read_tensors(newest))

@@ -166,6 +166,7 @@ def try_settings(
 
 
 def model_config(tiny: bool) -> Phi3VConfig:
+    """The published sizes, or a model to try the script with."""
     if not tiny:
         factors = {"short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)], "type": "su"}
         return Phi3VConfig(rope_scaling=factors)
@@ -182,6 +183,7 @@ def model_config(tiny: bool) -> Phi3VConfig:
 
 
 def table(result: dict[str, Any]) -> str:
+    """The page that is kept in docs/benchmarks."""
     lines = [
         f"# One GPU, full-size model: {result['device']}",
         "",
@@ -206,6 +208,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def run_config(num_crops: int, **parallel: Any) -> RunConfig:
+    """One row a step; parallel: what is tried."""
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return RunConfig.model_validate(
         {

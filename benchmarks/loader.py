@@ -65,6 +65,7 @@ def dataset(folder: Path, samples: int, pictures: list[bytes]) -> Path:
 
 
 def opened(root: Path) -> Samples:
+    """As training has them: mapped from a file."""
     keep_samples(read_samples([str(root)], "train"), root.parent / "samples.arrow")
     return open_samples([str(root)], root.parent / "samples.arrow")
 
@@ -90,11 +91,13 @@ def pipeline(root: Path, tokenizer: Any) -> int:
 
 
 def packed(maker: RowMaker, plan: Plan) -> int:
+    """Our loader, one epoch; the number of samples it gave."""
     rows = RankRows(plan, 0, 1, 64, 0, plan.steps_of(1), plan.end_row(1))
     return sum(loaded.samples for loaded in load_rows(maker, rows, WORKERS, 2, 600))
 
 
 def throughput(folder: Path, samples: int, rounds: int) -> Comparison:
+    """Photos decoded and tiled: our loader against a webdataset pipeline."""
     root = dataset(folder, samples, [photo(1200, 900) for _ in range(4)])
     kept = opened(root)
     train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r["messages"]), folder / "t", 400)
@@ -117,6 +120,7 @@ def throughput(folder: Path, samples: int, rounds: int) -> Comparison:
 
 
 def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
+    """Small pictures, not decoded: reads in the order of the plan against reads of whole tars."""
     small = io.BytesIO()
     Image.open(io.BytesIO(photo(1200, 900))).resize((320, 240)).save(small, "JPEG", quality=85)
     root = dataset(folder, samples, [small.getvalue()])

@@ -51,6 +51,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def model_config() -> Phi3VConfig:
+    """A small model with the published shape: short and long RoPE factors, a tower."""
     long = [1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 2.5, 3.2, 4.0, 6.0, 9.0, 13.0, 18.0, 24.0, 30.0, 32.0]
     return Phi3VConfig(
         vocab_size=512,
@@ -68,6 +69,7 @@ def model_config() -> Phi3VConfig:
 
 
 def run_config(length: int, checkpointing: bool = True, **parallel: Any) -> RunConfig:
+    """Rows of `length` tokens on two ranks that share them."""
     return RunConfig.model_validate(
         {
             "name": "long-context",

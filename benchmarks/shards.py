@@ -135,6 +135,7 @@ def ways(folder: Path, out: Path, peer: str | None) -> dict[str, Callable[[], ob
 
 
 def build_command(folder: Path, out: Path) -> list[str]:
+    """Our build of the table in `folder`."""
     phi3v = Path(sys.executable).with_name("phi3v")
     return [str(phi3v), "shards", "build", str(folder / "table.csv"), "--out", str(out), *ASK]
 

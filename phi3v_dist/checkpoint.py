@@ -68,6 +68,7 @@ class Progress:
 
 
 def checkpoint_name(step: int) -> str:
+    """The name of its directory."""
     return f"step-{step:06d}"
 
 
@@ -78,6 +79,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(target: Path) -> int:
+    """The step in the name of a checkpoint."""
     return int(target.name.removeprefix("step-"))
 
 

@@ -156,12 +156,14 @@ def restore_for_answers(source: Source) -> Restored:
 
 
 def model_config(source: Source) -> Phi3VConfig:
+    """What `source` says of its model."""
     if source.is_checkpoint:
         return Phi3VConfig(**checkpoint.read_meta(source.directory)["model_config"])
     return load_config(source.directory)
 
 
 def processor(source: Source) -> Phi3VProcessor:
+    """The tokenizer and image processor of `source`."""
     if not source.is_checkpoint:
         return Phi3VProcessor.from_pretrained(source.directory)
     meta: dict[str, Any] = checkpoint.read_meta(source.directory)

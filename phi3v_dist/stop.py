@@ -39,6 +39,7 @@ class Stop:
 
     @property
     def asked(self) -> bool:
+        """Whether this process was told to stop, or the file is there."""
         if not self._asked and self._file is not None and self._file.exists():
             self._asked = True
         return self._asked

@@ -177,6 +177,8 @@ class Owed:
         return None
 
     def note(self, step: int, metrics: dict[str, float | int | None]) -> None:
+        """The evaluation of `step` was broken off; metrics: the rest of that step's line."""
+
         def write() -> None:
             try:
                 self._file.parent.mkdir(exist_ok=True)

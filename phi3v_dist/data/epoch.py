@@ -51,6 +51,7 @@ class EpochRows:
         return len(self.offsets) - 1
 
     def row(self, number: int) -> np.ndarray:
+        """The samples of a row: int64 [samples of it]."""
         return self.samples[self.offsets[number] : self.offsets[number + 1]]
 
     def take(self, numbers: np.ndarray) -> EpochRows:

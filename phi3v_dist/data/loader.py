@@ -65,6 +65,7 @@ class RowCounts:
 
     @classmethod
     def of(cls, loaded: LoadedRow) -> RowCounts:
+        """Those of one row."""
         positions = len(loaded.row.input_ids)
         return cls(loaded.tokens, positions, loaded.pictures, loaded.samples, loaded.masked, len(loaded.bad))
 
@@ -110,6 +111,7 @@ class RowMaker:
         return SampleReader(self.samples.roots, self.samples.shards, self.cache)
 
     def load(self, micro: MicroRow, reader: PictureReader) -> LoadedRow:
+        """Reads, decodes and packs a row. A sample that cannot be read keeps its place, without targets."""
         documents, bad = [], []
         masked = 0
         for record in self.samples.records(micro.samples):

@@ -37,6 +37,7 @@ class PlanFiles:
         return [] if stored is None or not len(stored) or stored[0] != 0 else stored.tolist()
 
     def keep_first_rows(self, first_rows: list[int]) -> None:
+        """Writes the number of the first row of each epoch."""
         self._store("rows", np.array(first_rows, dtype=np.int64))
 
     def epoch(self, number: int) -> EpochRows | None:
