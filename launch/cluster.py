@@ -9,6 +9,7 @@ itself told to stop leaves. Starts without a new checkpoint are counted in the r
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import socket
@@ -53,7 +54,7 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
     if on_gpu and (fault := gpu_fault(member.processes)):
         raise BadInputError(fault)
     ranks = unset_here(rank_environment(member.processes, on_gpu, cores(), member.nodes))
-    grace_s = float(environment.get("PHI3V_GRACE_S", GRACE_S))
+    grace_s = seconds(environment, "PHI3V_GRACE_S", GRACE_S)
     in_pod = "PET_NPROC_PER_NODE" in environment
     if stage_dir := environment.get("PHI3V_STAGE_DIR"):
         overrides = [*overrides, *stage_overrides(config.data, Path(stage_dir))]
@@ -65,7 +66,7 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
     while True:
         attempts.begin()
         result = _run_until_joined(member, command, config.run_dir, ranks, grace_s, told)
-        if result.code == PREEMPTED:
+        if result.code in (DONE, USAGE, PREEMPTED, DIVERGED):
             attempts.forget()
         # Told to stop: leave. Not told, yet rank 0 recorded 3: another pod was; wait for its replacement.
         if (
@@ -78,6 +79,26 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
             f"node {member.node_rank}: ranks ended with exit code {result.code}; starting again",
             file=sys.stderr,
         )
+
+
+def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
+    """The number of seconds in a variable. Raises BadInputError if it holds none."""
+    said = environment.get(name) or str(default)
+    try:
+        found = float(said)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < math.inf:
+        raise BadInputError(f"{name}={said!r} is no number of seconds; set one such as {default:g}")
+    return found
+
+
+def _cpu_processes(environment: Mapping[str, str]) -> int:
+    """PHI3V_CPU_PROCESSES, 0 if it is not set. Raises BadInputError if it is no number."""
+    said = environment.get("PHI3V_CPU_PROCESSES") or "0"
+    if not said.isdecimal():
+        raise BadInputError(f"PHI3V_CPU_PROCESSES={said!r}; set it to the ranks on each node, such as 2")
+    return int(said)
 
 
 def pod_exit_code(code: int) -> int:
@@ -102,7 +123,7 @@ def _pod_membership(environment: Mapping[str, str]) -> Membership:
     port = environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT", "29500")
     node_rank = int(environment.get("PET_NODE_RANK") or environment.get("RANK", "0"))
     nodes = int(environment.get("PET_NNODES", "1").split(":")[-1])
-    processes = _pod_processes(environment.get("PHI3V_CPU_PROCESSES") or environment["PET_NPROC_PER_NODE"])
+    processes = _cpu_processes(environment) or _pod_processes(environment["PET_NPROC_PER_NODE"])
     run_id = environment.get("PHI3V_RUN_ID") or host.removesuffix("-master-0") or "job"
     # The Service of the first pod may point nowhere while that pod is new; the pod itself knows its address.
     address = environment.get("POD_IP")
@@ -127,7 +148,7 @@ def _slurm_membership(environment: Mapping[str, str]) -> Membership:
     job = environment["SLURM_JOB_ID"]
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES", "1"))
     granted = environment.get("SLURM_GPUS_ON_NODE", "0")
-    processes = int(environment.get("PHI3V_CPU_PROCESSES") or (granted if granted.isdigit() else 0))
+    processes = _cpu_processes(environment) or (int(granted) if granted.isdecimal() else 0)
     if processes == 0:
         raise BadInputError(
             f"job {job}: Slurm granted no GPUs on {socket.gethostname()}; submit with --gpus-per-node=8 "
@@ -173,14 +194,14 @@ class Attempts:
         if count > self._limit:
             raise BadInputError(
                 f"{self._run_dir}: {self._limit} starts without a new checkpoint "
-                f"(newest: {checkpoint or 'none'}); "
-                f"read {self._run_dir}/logs, then remove {self._file.parent} to try again"
+                f"(newest: {checkpoint or 'none'}); read {self._run_dir}/logs, then remove "
+                f"{self._file.parent} to try again"
             )
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._file, json.dumps({"checkpoint": checkpoint, "count": count}).encode())
 
     def forget(self) -> None:
-        """A start that ended well does not count."""
+        """A start that ended in order does not count."""
         self._file.unlink(missing_ok=True)
 
     def _count(self, checkpoint: str | None) -> int:
@@ -225,7 +246,7 @@ def _run_until_joined(
 
 def uses_gpus(environment: Mapping[str, str]) -> bool:
     """False where PHI3V_CPU_PROCESSES is set, or torch is a build that has no GPU code at all."""
-    return "PHI3V_CPU_PROCESSES" not in environment and not version("torch").endswith("+cpu")
+    return not _cpu_processes(environment) and not version("torch").endswith("+cpu")
 
 
 def gpu_fault(granted: int) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,10 +25,12 @@ from typing import Any
 import launch
 import phi3v_dist
 import shards
+from launch import health
 from launch.cluster import run_cluster_node
 from launch.description import MAX_REQUEUES, STOP_LEAD_S, JobDescription, check_batch, job_name
+from launch.health import UNHEALTHY
 from phi3v_dist.config import load_config
-from phi3v_dist.exits import CRASHED, DONE, PREEMPTED
+from phi3v_dist.exits import CRASHED, DONE, PREEMPTED, USAGE
 from shards.format import BadInputError
 
 POLL_S = 2.0
@@ -64,20 +67,63 @@ class NodeTask:
         """Runs this node's ranks; returns their exit code. Stopped ranks put the job back into the queue."""
         environment = dict(os.environ)
         environment["PHI3V_HEAD"] = head_address(environment)
+        restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
         try:
+            if faults := health.faults_here(load_config(self.config, self.overrides), environment):
+                node = health.node_name(environment)
+                print(f"phi3v: {node} is not healthy: {'; '.join(faults)}", file=sys.stderr, flush=True)
+                return _ended(UNHEALTHY) if restarts >= self.max_requeues else _requeue(environment, node)
             code = run_cluster_node(self.config, self.overrides, environment)
         except BadInputError as error:
             print(f"phi3v: {error}", file=sys.stderr, flush=True)
-            return 2
-        restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
+            return _ended(USAGE)
         if code != PREEMPTED or restarts >= self.max_requeues:
-            return code
-        for each in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(each, signal.SIG_DFL)
-        if environment.get("SLURM_NODEID") == "0":
-            subprocess.run(["scontrol", "requeue", environment["SLURM_JOB_ID"]], check=True)
-        time.sleep(120)  # Slurm ends this task now; a result written first would say that the run is over
+            return _ended(code)
+        return _requeue(environment) if environment.get("SLURM_NODEID") == "0" else _wait_for_the_end()
+
+
+def _requeue(environment: Mapping[str, str], avoid: str = "") -> int:
+    """Puts the job back into the queue. avoid: a node that it shall not get any more."""
+    job = own_job(environment)
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)  # Slurm ends this task now, and by force after KillWait
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    if avoid:  # possible once the job is pending
+        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False)
+        found = re.search(r"ExcNodeList=(\S+)", shown.stdout)
+        known = "" if found is None or found[1] == "(null)" else f"{found[1]},"
+        subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={known}{avoid}"], check=False)
+    return _wait_for_the_end()
+
+
+def _wait_for_the_end() -> int:
+    """Until Slurm ends this task of a job that was requeued: its result would say that the run is over."""
+    for each in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_DFL)
+    time.sleep(120)
+    return PREEMPTED
+
+
+def _ended(code: int) -> int:
+    """`code` as the task's result. If it is not 0 the process ends with it here: to Slurm a function that
+    returns is a job that COMPLETED.
+    """
+    if code == DONE:
         return code
+    from submitit import JobEnvironment
+    from submitit.core.utils import cloudpickle_dump, temporary_save_path
+
+    with temporary_save_path(JobEnvironment().paths.result_pickle) as file:
+        cloudpickle_dump(("success", code), file)
+    raise SystemExit(code)
+
+
+def own_job(environment: Mapping[str, str]) -> str:
+    """What scontrol calls this job. One task of an array has the number of the whole array as its own, and
+    by that number all of them would be requeued.
+    """
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environment["SLURM_JOB_ID"]
 
 
 def head_address(environment: Mapping[str, str]) -> str:
@@ -98,6 +144,7 @@ def launch_slurm(
     gpus_per_node: int = 8,
     cpu_processes: int = 0,
     minutes: int = 24 * 60,
+    cpus_per_gpu: int = 8,
     options: SlurmOptions = DEFAULTS,
     sweep: Sequence[str] = (),
     wait: bool = False,
@@ -117,6 +164,7 @@ def launch_slurm(
         nodes=nodes,
         gpus_per_node=0 if cpu_processes else gpus_per_node,
         cpu_processes=cpu_processes,
+        cpus_per_gpu=cpus_per_gpu,
         minutes=minutes,
     )
     for run in runs:
@@ -146,7 +194,15 @@ def launch_slurm(
         print(
             f"job {submitted.job_id}: {load_config(config_path, run).run_dir}, log {submitted.paths.stdout}"
         )
-    return max(follow(submitted) for submitted in jobs) if wait else DONE
+    if not wait:
+        return DONE
+    try:
+        return max(follow(submitted) for submitted in jobs)
+    except KeyboardInterrupt:
+        numbers = [str(submitted.job_id) for submitted in jobs]
+        subprocess.run(["scancel", *numbers], check=False)
+        print(f"cancelled: job {', '.join(numbers)}", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def combinations(config_path: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[tuple[str, ...]]:
@@ -183,6 +239,7 @@ def batch_parameters(job: JobDescription, snapshot: Path, options: SlurmOptions)
     """submitit's parameters for the job: one task a node, no srun flag that would end it before it has
     saved."""
     environment = {"SUBMITIT_PREEMPT_SIGNAL": "USR1", **job.environment}
+    settings = Path(os.environ.get("PHI3V_CLUSTER_ENV", "slurm/cluster.env")).resolve()
     if job.cpu_processes:
         environment["PHI3V_CPU_PROCESSES"] = str(job.cpu_processes)
     optional = {
@@ -191,20 +248,24 @@ def batch_parameters(job: JobDescription, snapshot: Path, options: SlurmOptions)
         "account": options.account,
         "qos": options.qos,
     }
+    cpus = job.cpu_processes or job.gpus_per_node * job.cpus_per_gpu
     return {
         "job_name": job.name,
         "nodes": job.nodes,
         "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
         "time": job.minutes,
         "signal_delay_s": options.lead_s,
         "stderr_to_stdout": True,
         "setup": [
             # Slurm signals this shell too; it must live until the ranks have saved.
             "trap : TERM USR1",
+            *([f"set -a; source {shlex.quote(str(settings))}; set +a"] if settings.is_file() else []),
             *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
             f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
         ],
-        "srun_args": ["--mpi=none", "--kill-on-bad-exit=0", "--wait=300"],
+        # Since Slurm 22.05 srun asks for one core unless it is told again.
+        "srun_args": ["--mpi=none", "--kill-on-bad-exit=0", "--wait=300", f"--cpus-per-task={cpus}"],
         "additional_parameters": {"requeue": True, "signal": f"USR1@{options.lead_s}", **options.more},
         **{key: value for key, value in optional.items() if value},
     }
@@ -222,34 +283,39 @@ def take_snapshot(run_dir: Path) -> Path:
 
 
 def follow(job: Any) -> int:
-    """Prints the job's logs as they grow, over all its requeues; returns the exit code of the run. Ctrl-C
-    cancels. The logs of all nodes: rank 0, which reports, is where the rendezvous puts it, not always on the
-    first.
+    """Prints the job's logs as they grow, over all its requeues; returns the exit code of the run. The logs
+    of all nodes: rank 0, which reports, is where the rendezvous puts it, not always on the first.
     """
     tasks = job._sub_jobs or [job]
     positions = {Path(str(task.paths.stdout)): 0 for task in tasks}
     results = [Path(str(task.paths.result_pickle)) for task in tasks]
-    try:
-        while True:
-            ended = all(result.exists() for result in results) or not in_queue(job.job_id)
-            positions = {log: _print_from(log, position) for log, position in positions.items()}
-            if ended:
-                break
-            time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        subprocess.run(["scancel", job.job_id], check=False)
-        print(f"job {job.job_id} cancelled", file=sys.stderr)
-        return 128 + signal.SIGINT
-    if not all(result.exists() for result in results):
-        return CRASHED
-    return max(int(result) for result in job.results())
+    while True:
+        ended = all(result.exists() for result in results) or not in_queue(job.job_id)
+        positions = {log: _print_from(log, position) for log, position in positions.items()}
+        if ended:
+            break
+        time.sleep(POLL_S)
+    codes = [_code_in(result) for result in results if result.exists()]
+    worst = max(codes, default=CRASHED)
+    return worst if len(codes) == len(results) else worst or CRASHED
+
+
+def _code_in(result: Path) -> int:
+    from submitit.core.utils import pickle_load
+
+    outcome, value = pickle_load(result)
+    return int(value) if outcome == "success" else CRASHED
 
 
 def in_queue(job_id: str) -> bool:
-    """Whether Slurm still has the job: pending, running or on its way out."""
+    """Whether Slurm still has the job: pending, running or on its way out. A controller that does not answer
+    has not forgotten it.
+    """
     shown = subprocess.run(
         ["squeue", "--noheader", "--jobs", job_id], capture_output=True, text=True, check=False
     )
+    if shown.returncode and "Invalid job id" not in shown.stderr:
+        return True
     return bool(shown.stdout.strip())
 
 

@@ -8,7 +8,8 @@
 #
 # Before the time limit, on preemption and on `scontrol requeue` the ranks finish their step, write a checkpoint and
 # exit 3; the job then puts itself back into the queue and goes on from there, in the same run directory and the
-# same W&B run. Exit codes: 0 done, 2 wrong input, 3 stopped (requeue limit reached), 4 diverged, others a crash.
+# same W&B run. Exit codes: 0 done, 2 wrong input, 3 stopped (requeue limit reached), 4 diverged, 5 nodes that are not
+# healthy (requeue limit reached), others a crash.
 
 #SBATCH --job-name=phi3v
 #SBATCH --nodes=1
@@ -61,6 +62,12 @@ first_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 PHI3V_HEAD="$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')"
 export PHI3V_HEAD="${PHI3V_HEAD:-$first_node}"
 
+# One task of an array has the number of the whole array, by which all of them would be requeued.
+job="$SLURM_JOB_ID"
+if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
+# Since Slurm 22.05 srun asks for one core unless it is told again.
+if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+
 restarts="${SLURM_RESTART_COUNT:-0}"
 echo "job $SLURM_JOB_ID, start $((restarts + 1)): $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, rendezvous on $PHI3V_HEAD"
 
@@ -70,12 +77,12 @@ requeue() {
         die "$1" "requeued $restarts times, the most that PHI3V_MAX_REQUEUES allows; submit again to go on"
     fi
     trap '' TERM USR1 # ignored by the commands below as well: Slurm ends this job's processes now
-    scontrol requeue "$SLURM_JOB_ID" || die "$1" "Slurm refused to requeue; submit the same command to go on"
+    scontrol requeue "$job" || die "$1" "Slurm refused to requeue; submit the same command to go on"
     if [[ -n "${2:-}" ]]; then # possible once the job is pending; this script has KillWait seconds left
         local known
-        known="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')"
+        known="$(scontrol show job "$job" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')"
         [[ "$known" == "(null)" ]] && known=""
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${known:+$known,}$2" \
+        scontrol update JobId="$job" ExcNodeList="${known:+$known,}$2" \
             || echo "slurm/train.sh: could not exclude $2; it may be chosen again" >&2
     fi
     exit "$1"
@@ -100,6 +107,10 @@ on_all_nodes() {
 checks="$(mktemp)"
 code=0
 on_all_nodes launch check-node "$@" > "$checks" || code=$?
+if grep -q '^refused' "$checks"; then
+    rm -f "$checks"
+    exit 2
+fi
 bad_nodes="$(sed -n 's/^unhealthy \([^ ]*\) .*/\1/p' "$checks" | sort -u | paste -sd, -)"
 grep '^unhealthy ' "$checks" >&2 || true
 rm -f "$checks"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from launch.description import STOP_LEAD_S, JobDescription, job_name, rank_environment
-from launch.slurm import SlurmOptions, combinations, launch_slurm
+from launch.health import command_fault
+from launch.slurm import SlurmOptions, combinations, in_queue, launch_slurm, own_job
 from shards.format import BadInputError
 
 TRAIN_SH = Path(__file__).resolve().parents[2] / "slurm" / "train.sh"
@@ -18,6 +21,7 @@ SCRIPT = """#!/bin/bash
 # Parameters
 #SBATCH --account=vision
 #SBATCH --constraint=h100
+#SBATCH --cpus-per-task=64
 #SBATCH --gpus-per-node=8
 #SBATCH --job-name=tiny
 #SBATCH --nodes=4
@@ -37,7 +41,7 @@ export PYTHONPATH='RUN/code'${PYTHONPATH:+:$PYTHONPATH}
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output 'RUN/slurm/%j_%t_log.out' --mpi=none --kill-on-bad-exit=0 --wait=300 COMMAND
+srun --unbuffered --output 'RUN/slurm/%j_%t_log.out' --mpi=none --kill-on-bad-exit=0 --wait=300 CORES COMMAND
 """
 
 
@@ -50,8 +54,60 @@ def test_the_batch_script_is_printed_and_nothing_is_submitted(
     overrides = [f"runs_dir={runs}", "train.global_batch=32"]
     assert launch_slurm(str(tiny_config), overrides, 4, 8, minutes=60, options=options, show=True) == 0
     said = capsys.readouterr().out.replace(str(runs / "tiny"), "RUN")
+    said = said.replace("--cpus-per-task=64 python", "CORES python")
     assert re.sub(r"python -u .*", "COMMAND", said) == SCRIPT
     assert not (runs / "tiny" / "code").exists()
+
+
+def test_what_never_changes_on_the_cluster_reaches_the_job(
+    tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/cluster.env").write_text("NCCL_IB_HCA=mlx5\n")
+    assert launch_slurm(str(tiny_config), ["train.global_batch=32"], show=True) == 0
+    assert f"\nset -a; source {tmp_path}/slurm/cluster.env; set +a\n" in capsys.readouterr().out
+
+
+def test_a_task_of_an_array_requeues_itself_alone() -> None:
+    of_array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    assert own_job(of_array) == "7_2" and own_job({"SLURM_JOB_ID": "7"}) == "7"
+
+
+def test_a_controller_that_does_not_answer_has_not_forgotten_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    squeue = tmp_path / "squeue"
+    for says, code, expected in (
+        ("slurm_load_jobs error: Unable to contact slurm controller", 1, True),
+        ("slurm_load_jobs error: Invalid job id specified", 1, False),
+        ("", 0, False),
+    ):
+        squeue.write_text(f"#!/bin/sh\necho '{says}' >&2\nexit {code}\n")
+        squeue.chmod(0o755)
+        assert in_queue("7") is expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [("0\n0", None), ("0\n3", "3"), ("[N/A]", None), ("", "exit code 9")],
+)
+def test_the_health_check_of_the_sample_finds_one_sick_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, said: str | None
+) -> None:
+    sample = (TRAIN_SH.parent / "cluster.env.example").read_text()
+    line = next(line for line in sample.splitlines() if line.startswith("#PHI3V_HEALTH_CHECK="))
+    command = shlex.split(line[1:])[0].partition("=")[2]
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text(f"#!/bin/sh\nprintf '{gpus}\n'\n" + ("" if gpus else "exit 9\n"))
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert command_fault(command) == said
+
+
+def test_a_health_check_that_hangs_is_a_fault() -> None:
+    assert command_fault("sleep 60 & wait", 0.2) == "no answer within 0.2 s"
 
 
 def test_the_script_for_sbatch_gives_the_same_time_to_stop() -> None:

@@ -149,15 +149,15 @@ class SlurmCluster:
         self._outputs[job] = cwd / f"slurm-{job}.out"
         return job
 
-    def job(self, job: int) -> dict[str, str]:
-        """The fields of `scontrol show job`."""
+    def job(self, job: int | str) -> dict[str, str]:
+        """The fields of `scontrol show job`; of an array: ARRAY_TASK."""
         shown = self.run("scontrol", "show", "job", "--oneliner", str(job))
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
-    def state(self, job: int) -> str:
+    def state(self, job: int | str) -> str:
         return self.job(job)["JobState"]
 
-    def resume(self, job: int) -> None:
+    def resume(self, job: int | str) -> None:
         """Waits until the job is back in the queue; lets it go on without the two minutes that Slurm would
         wait."""
         self.wait_for_state(job, ("PENDING", "RUNNING"), 60)
@@ -165,7 +165,7 @@ class SlurmCluster:
             time.sleep(2)  # a slurmd refuses a job that starts in the second in which it was killed
             self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
-    def wait_for_state(self, job: int, states: str | tuple[str, ...], seconds: float) -> str:
+    def wait_for_state(self, job: int | str, states: str | tuple[str, ...], seconds: float) -> str:
         """Waits until the job is in one of `states`; fails the test if it ends in another."""
         wanted = (states,) if isinstance(states, str) else states
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
@@ -180,10 +180,10 @@ class SlurmCluster:
         wait_for(arrived, seconds, f"job {job} to be {wanted}", lambda: self.output(job) + self.logs())
         return self.state(job)
 
-    def output(self, job: int) -> str:
-        """What the job has written so far."""
-        file = self._outputs[job]
-        return file.read_text() if file.exists() else ""
+    def output(self, job: int | str) -> str:
+        """What a job of `submit` has written so far."""
+        file = self._outputs.get(job) if isinstance(job, int) else None
+        return file.read_text() if file is not None and file.exists() else ""
 
     def node_states(self) -> dict[str, str]:
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T", check=False)

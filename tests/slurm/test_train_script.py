@@ -172,6 +172,19 @@ def test_an_unhealthy_node_is_left_out_from_then_on(cluster: SlurmCluster, make_
     assert "unhealthy node1 health check: broken link" in cluster.output(job)
 
 
+def test_a_run_directory_that_cannot_be_written_ends_the_job(
+    cluster: SlurmCluster, make_run: MakeRun
+) -> None:
+    """Every node would fail alike: none is to be left out."""
+    run = make_run(5)
+    run.run_dir.rename(run.run_dir.with_name("away"))
+    run.run_dir.write_text("a file, which not even root can write a directory into")
+    job = run.submit("--nodes=2", "--gpus-per-node=1")
+    cluster.wait_for_state(job, "FAILED", 40)
+    assert cluster.job(job)["ExitCode"] == "2:0" and cluster.job(job)["ExcNodeList"] == "(null)"
+    assert "is not writable" in cluster.output(job)
+
+
 @pytest.mark.parametrize(
     ("flags", "config", "overrides", "message"),
     [

@@ -132,6 +132,47 @@ def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
     assert "going on from" in (tmp_path / "launcher.log").read_text()
 
 
+def test_one_run_of_a_sweep_is_stopped_and_goes_on_alone(
+    cluster: SlurmCluster, submit_dir: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    """That of the two whose number is the whole array's."""
+    command = [
+        str(PHI3V), "launch", "slurm", str(tiny_config), "train.steps=40", "eval.generate_samples=0",
+        "--sweep", "train.lr=1e-3,2e-3", "--gpus-per-node=1", "--minutes=30", "--wait",
+    ]  # fmt: skip
+    with (tmp_path / "launcher.log").open("w") as log:
+        launcher = subprocess.Popen(command, env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log)
+    explain = lambda: (tmp_path / "launcher.log").read_text() + cluster.logs()  # noqa: E731
+    runs = [tmp_path / "runs" / f"tiny-{number}" for number in (0, 1)]
+    try:
+        wait_for(lambda: all(len(steps(run)) >= 3 for run in runs), 120, "some steps of both", explain)
+        shown = cluster.run("squeue", "--noheader", "--format=%A %F %K")
+        jobs = [tuple(map(int, line.split())) for line in shown.splitlines()]
+        ((_, array, task),) = [each for each in jobs if each[0] == each[1]]
+        cluster.run("scancel", "--signal=USR1", f"{array}_{task}")
+        cluster.wait_for_state(f"{array}_{task}", "PENDING", 60)
+        cluster.resume(f"{array}_{task}")
+        assert launcher.wait(150) == 0, explain()
+    finally:
+        launcher.kill()
+    starts = [len((run / "starts.jsonl").read_text().splitlines()) for run in runs]
+    assert starts == [2 if number == task else 1 for number in (0, 1)]
+    assert [steps(run)[-1] for run in runs] == [40, 40]
+
+
+def test_a_run_that_fails_is_a_failed_job(
+    cluster: SlurmCluster, submit_dir: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    size = ["--gpus-per-node=1", "--minutes=30", "--wait"]
+    command = [str(PHI3V), "launch", "slurm", str(tiny_config), f"data.path={tmp_path / 'nowhere'}", *size]
+    done = subprocess.run(
+        command, env=cluster.environment, cwd=submit_dir, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 2 and "no such dataset directory" in done.stdout
+    job = int(done.stdout.split("job ")[1].split(":")[0])
+    assert cluster.job(job)["JobState"] == "FAILED" and cluster.job(job)["ExitCode"] == "2:0"
+
+
 def test_what_slurm_refuses_is_one_line(cluster: SlurmCluster, tiny_config: Path, submit_dir: Path) -> None:
     size = ["--gpus-per-node=2", "--partition=nowhere", "--minutes=30"]
     command = [str(PHI3V), "launch", "slurm", str(tiny_config), *size]
