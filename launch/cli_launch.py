@@ -151,6 +151,10 @@ def k8s(
     nodes: Annotated[int, typer.Option(help="Machines: one Master and the rest Workers.")] = 2,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, on each.")] = 8,
     image: Annotated[str, typer.Option(help="Container image built from the Dockerfile.")] = "",
+    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="Cores for each GPU.")] = 8,
+    memory_gb: Annotated[
+        int | None, typer.Option(min=1, help="GiB of host memory of a node (default: 100, and 100 a GPU).")
+    ] = None,
     namespace: Annotated[str, typer.Option(help="Namespace of all objects.")] = "phi3v",
     data_size: Annotated[str, typer.Option(help="Size of the claim for shards and weights.")] = "1Ti",
     runs_size: Annotated[str, typer.Option(help="Size of the claim for run directories.")] = "1Ti",
@@ -170,7 +174,18 @@ def k8s(
 
     options = KubernetesOptions(namespace, data_size, runs_size, operator)
     apply = apply and not show
-    code = launch_k8s(config, overrides or [], nodes, gpus_per_node, image or IMAGE, options, apply, out)
+    code = launch_k8s(
+        config,
+        overrides or [],
+        nodes,
+        gpus_per_node,
+        image or IMAGE,
+        cpus_per_gpu,
+        memory_gb,
+        options,
+        apply,
+        out,
+    )
     raise typer.Exit(code)
 
 

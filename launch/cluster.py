@@ -93,7 +93,7 @@ def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
     return found
 
 
-def _cpu_processes(environment: Mapping[str, str]) -> int:
+def cpu_processes(environment: Mapping[str, str]) -> int:
     """PHI3V_CPU_PROCESSES, 0 if it is not set. Raises BadInputError if it is no number."""
     said = environment.get("PHI3V_CPU_PROCESSES") or "0"
     if not said.isdecimal():
@@ -123,7 +123,7 @@ def _pod_membership(environment: Mapping[str, str]) -> Membership:
     port = environment.get("PET_MASTER_PORT") or environment.get("MASTER_PORT", "29500")
     node_rank = int(environment.get("PET_NODE_RANK") or environment.get("RANK", "0"))
     nodes = int(environment.get("PET_NNODES", "1").split(":")[-1])
-    processes = _cpu_processes(environment) or _pod_processes(environment["PET_NPROC_PER_NODE"])
+    processes = cpu_processes(environment) or _pod_processes(environment["PET_NPROC_PER_NODE"])
     run_id = environment.get("PHI3V_RUN_ID") or host.removesuffix("-master-0") or "job"
     # The Service of the first pod may point nowhere while that pod is new; the pod itself knows its address.
     address = environment.get("POD_IP")
@@ -148,7 +148,7 @@ def _slurm_membership(environment: Mapping[str, str]) -> Membership:
     job = environment["SLURM_JOB_ID"]
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES", "1"))
     granted = environment.get("SLURM_GPUS_ON_NODE", "0")
-    processes = _cpu_processes(environment) or (int(granted) if granted.isdecimal() else 0)
+    processes = cpu_processes(environment) or (int(granted) if granted.isdecimal() else 0)
     if processes == 0:
         raise BadInputError(
             f"job {job}: Slurm granted no GPUs on {socket.gethostname()}; submit with --gpus-per-node=8 "
@@ -246,7 +246,7 @@ def _run_until_joined(
 
 def uses_gpus(environment: Mapping[str, str]) -> bool:
     """False where PHI3V_CPU_PROCESSES is set, or torch is a build that has no GPU code at all."""
-    return not _cpu_processes(environment) and not version("torch").endswith("+cpu")
+    return not cpu_processes(environment) and not version("torch").endswith("+cpu")
 
 
 def gpu_fault(granted: int) -> str | None:

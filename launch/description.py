@@ -1,8 +1,8 @@
 """The one description of a job that every launcher renders from, and what all of them render alike.
 
 In: a config with its overrides, the size of the job, its limits. Out: torchrun's options, the environment of
-the ranks, names. Pure: nothing is read or started here. Called by launch.local, launch.cluster, launch.slurm
-and launch.k8s.
+the ranks, names. Pure: nothing is read or started here. Called by the launchers, local, Slurm and
+Kubernetes, and by launch.doctor.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class JobDescription:
     """A training job as every scheduler is told about it.
 
     config, overrides: as for `phi3v train`. nodes: machines. gpus_per_node: ranks on each; 0 with
-    cpu_processes for a run without GPUs. minutes: time limit, None for the scheduler's. image: container
-    image or file. environment: variables for the ranks, on top of `rank_environment`.
+    cpu_processes for a run without GPUs. memory_gb_per_node: GiB; None: as `memory_gb` has it. minutes: time
+    limit, None for the scheduler's. image: container image or file. environment: variables for the ranks, on
+    top of `rank_environment`.
     """
 
     name: str
@@ -47,7 +48,7 @@ class JobDescription:
     gpus_per_node: int = 8
     cpu_processes: int = 0
     cpus_per_gpu: int = 8
-    memory_gb_per_node: int = 900
+    memory_gb_per_node: int | None = None
     minutes: int | None = None
     image: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +68,14 @@ class JobDescription:
             )
 
     @property
+    def memory_gb(self) -> int:
+        """GiB of host memory of a node: as asked for, else 100 and 100 for each rank (data workers, /dev/shm,
+        the copy of a checkpoint that is being written)."""
+        return self.memory_gb_per_node or 100 * (1 + self.processes_per_node)
+
+    @property
     def processes_per_node(self) -> int:
+        """Ranks on each node."""
         return self.cpu_processes or self.gpus_per_node
 
 

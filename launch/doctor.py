@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
+from launch.cluster import cpu_processes
 from launch.description import Membership, torchrun_options
 from launch.health import MIN_SHM_BYTES, UNHEALTHY, unwritable
 from launch.local import CPU_PROCESSES, cores, visible_gpus
@@ -246,7 +247,7 @@ def weights(config: RunConfig) -> Iterator[Finding]:
 
 def _ranks(environment: Mapping[str, str]) -> int:
     """Of a job here, or of the job that this runs in."""
-    per_node = visible_gpus() or int(environment.get("PHI3V_CPU_PROCESSES", min(CPU_PROCESSES, cores())))
+    per_node = visible_gpus() or cpu_processes(environment) or min(CPU_PROCESSES, cores())
     return per_node * int(environment.get("SLURM_JOB_NUM_NODES", "1"))
 
 
@@ -298,13 +299,14 @@ def _gpu_bytes() -> int | None:
 
 def wandb(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
     """Where the numbers go."""
-    key = "WANDB_API_KEY" in environment
-    if config.track.mode == "online" and not key:
+    from phi3v_dist.track import has_key, resolve_mode
+
+    mode = resolve_mode(config, environment)
+    if mode == "online" and not has_key(environment):
         yield Finding("yellow", "W&B", "online without WANDB_API_KEY", "export it, or track.mode=offline")
     else:
-        online = config.track.mode == "online" or (config.track.mode == "auto" and key)
-        shown = "online" if online else "offline, `wandb sync RUN/wandb/offline-*` sends it later"
-        yield Finding("green", "W&B", shown if config.track.mode != "disabled" else "disabled")
+        sent = f", `phi3v report {config.run_dir} --sync` sends it later" if mode == "offline" else ""
+        yield Finding("green", "W&B", f"{mode}{sent}")
 
 
 def slurm_cluster() -> Iterator[Finding]:
@@ -312,17 +314,11 @@ def slurm_cluster() -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
         yield Finding("red", "Slurm", "no sbatch on the PATH", "run this on a login node")
         return
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--format=%P %a %D %G %t"],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    if done.returncode:
-        yield Finding("red", "Slurm", " ".join(done.stderr.split()), "is slurmctld up? SLURM_CONF right?")
+    fault, listed = _failed("sinfo", "--noheader", "--format=%P %a %D %G %t")
+    if fault:
+        yield Finding("red", "Slurm", fault, "is slurmctld up? SLURM_CONF right?")
         return
-    for row in done.stdout.splitlines():
+    for row in listed.splitlines():
         partition, available, nodes, gres, state = row.split()
         bad = state.rstrip("*").startswith(("down", "drain", "fail")) or state.endswith("*")
         found = f"{nodes} node(s) {state}, {gres if gres != '(null)' else 'no GPUs'}, {available}"
@@ -331,27 +327,49 @@ def slurm_cluster() -> Iterator[Finding]:
 
 
 def kubernetes_cluster() -> Iterator[Finding]:
-    """kubectl reaches a cluster with the training operator, where we may create jobs."""
+    """kubectl reaches a cluster with the training operator (v1) or the Trainer (v2), where we may create
+    jobs."""
     if shutil.which("kubectl") is None:
         yield Finding("red", "Kubernetes", "no kubectl on the PATH", "install it")
         return
-    crd = ["get", "crd", "pytorchjobs.kubeflow.org"]
-    steps = {
-        "API server": (["version"], "kubectl config get-contexts"),
-        "training operator": (crd, "install the Kubeflow training operator (v1)"),
-        "permission": (["auth", "can-i", "create", "pytorchjobs.kubeflow.org", "-n", "phi3v"], "ask for it"),
-        "W&B secret": (["get", "secret", "phi3v-wandb", "-n", "phi3v"], "docs/kubernetes.md, or offline"),
+    if fault := _kubectl("version"):
+        yield Finding("red", "API server", fault, "kubectl config get-contexts")
+        return
+    yield Finding("green", "API server", "there")
+    faults = {
+        name: _kubectl("get", "crd", name)
+        for name in ("pytorchjobs.kubeflow.org", "trainjobs.trainer.kubeflow.org")
     }
-    for subject, (arguments, mend) in steps.items():
-        command = ["kubectl", "--request-timeout=10s", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if done.returncode:
-            said = " ".join((done.stderr or done.stdout).split())[-160:]
-            yield Finding("yellow" if subject == "W&B secret" else "red", subject, said, mend)
-            if subject == "API server":
-                return
+    kinds = [name for name, fault in faults.items() if fault is None]
+    if not kinds:
+        mend = "install the Kubeflow training operator (v1) or the Kubeflow Trainer (v2)"
+        yield Finding("red", "training operator", "; ".join(filter(None, faults.values())), mend)
+    for kind in kinds:
+        version_of = "v1" if kind.startswith("pytorch") else "v2: `phi3v launch k8s --operator v2`"
+        yield Finding("green", "training operator", version_of)
+        if fault := _kubectl("auth", "can-i", "create", kind, "-n", "phi3v"):
+            yield Finding("red", "permission", f"create {kind}: {fault}", "ask for it")
         else:
-            yield Finding("green", subject, "there")
+            yield Finding("green", "permission", f"create {kind}")
+    if fault := _kubectl("get", "secret", "phi3v-wandb", "-n", "phi3v"):
+        yield Finding("yellow", "W&B secret", fault, "docs/kubernetes.md, or offline")
+    else:
+        yield Finding("green", "W&B secret", "there")
+
+
+def _kubectl(*arguments: str) -> str | None:
+    """Why a command of kubectl failed, None if it did not."""
+    return _failed("kubectl", "--request-timeout=10s", *arguments)[0]
+
+
+def _failed(*command: str) -> tuple[str | None, str]:
+    """(why a command failed or None, its standard output)."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} has not answered within 30 s", ""
+    said = " ".join((done.stderr or done.stdout).split())[-160:] or f"exit code {done.returncode}"
+    return (said if done.returncode else None), done.stdout
 
 
 def all_reduce() -> Iterator[Finding]:

@@ -54,7 +54,13 @@ DEFAULTS = KubernetesOptions()
 
 
 def describe(
-    config_path: str, overrides: Sequence[str], nodes: int, gpus_per_node: int, image: str = IMAGE
+    config_path: str,
+    overrides: Sequence[str],
+    nodes: int,
+    gpus_per_node: int,
+    image: str = IMAGE,
+    cpus_per_gpu: int = 8,
+    memory_gb: int | None = None,
 ) -> JobDescription:
     """The job of a config on Kubernetes: data under /data, run directories under /runs.
 
@@ -62,7 +68,7 @@ def describe(
     """
     mounted = [f"data.path={DATA_MOUNT}/shards", f"runs_dir={RUNS_MOUNT}"]
     named = {override.split("=", 1)[0] for override in overrides}
-    if "data.sources" in named:
+    if "data.sources" in named or ("data.path" not in named and _has_sources(config_path)):
         named.add("data.path")
     mounted = [override for override in mounted if override.split("=", 1)[0] not in named]
     config = load_config(config_path, [*mounted, *overrides])
@@ -72,10 +78,21 @@ def describe(
         overrides=(*mounted, *overrides),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
+        cpus_per_gpu=cpus_per_gpu,
+        memory_gb_per_node=memory_gb,
         image=image,
     )
     check_batch(job, config.train, config.parallel.sp)
     return job
+
+
+def _has_sources(config_path: str) -> bool:
+    """Whether the file names several data sets. What is wrong with it `load_config` will say."""
+    try:
+        tree = yaml.safe_load(shipped(Path(config_path)).read_text())
+        return bool(tree["data"]["sources"])
+    except (OSError, yaml.YAMLError, TypeError, KeyError):
+        return False
 
 
 def manifests(job: JobDescription, config_text: str, options: KubernetesOptions) -> dict[str, list[Object]]:
@@ -243,7 +260,7 @@ def container(job: JobDescription, name: str) -> Object:
     """The one container. Its name is fixed by the operator; the Trainer (v2) names its own port."""
     resources: dict[str, Any] = {
         "cpu": str(job.cpus_per_gpu * job.processes_per_node),
-        "memory": f"{job.memory_gb_per_node}Gi",
+        "memory": f"{job.memory_gb}Gi",
     }
     if job.gpus_per_node:
         resources["nvidia.com/gpu"] = str(job.gpus_per_node)
@@ -318,6 +335,8 @@ def launch_k8s(
     nodes: int = 2,
     gpus_per_node: int = 8,
     image: str = IMAGE,
+    cpus_per_gpu: int = 8,
+    memory_gb: int | None = None,
     options: KubernetesOptions = DEFAULTS,
     apply: bool = False,
     out: Path | None = None,
@@ -327,7 +346,7 @@ def launch_k8s(
 
     Raises BadInputError: config or sizes not usable, no kubectl, kubectl refused.
     """
-    job = describe(config_path, overrides, nodes, gpus_per_node, image)
+    job = describe(config_path, overrides, nodes, gpus_per_node, image, cpus_per_gpu, memory_gb)
     texts = render(manifests(job, shipped(Path(config_path)).read_text(), options))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import resource
 import socket
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -139,20 +140,25 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def resolve_mode(config: RunConfig) -> Literal["online", "offline", "disabled"]:
+def resolve_mode(
+    config: RunConfig, environment: Mapping[str, str] = os.environ
+) -> Literal["online", "offline", "disabled"]:
     """How W&B is used: track.mode, WANDB_MODE where that is auto, else by whether there is a key."""
-    asked = os.environ.get("WANDB_MODE", "")
+    asked = environment.get("WANDB_MODE", "")
     if config.track.mode == "disabled" or asked == "disabled":
         return "disabled"
     if config.track.mode in ("online", "offline"):
         return "online" if config.track.mode == "online" else "offline"
     if asked in ("online", "offline"):
         return "online" if asked == "online" else "offline"
-    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_key() else "offline"
+    return "online" if has_key(environment) else "offline"
 
 
-def _netrc_key() -> bool:
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+def has_key(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether W&B has a key: WANDB_API_KEY, or one for its host in ~/.netrc."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):

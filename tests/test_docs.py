@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.reference import config_reference, descriptions
-from phi3v_dist.config import RunConfig
+from phi3v_dist.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,6 +34,7 @@ ELSEWHERE = {
     "source .venv/bin/activate": "the shell's",
     "docker build": "the users' CI; Dockerfile",
     "kubectl ": "tests/k8s/test_manifests.py checks what it would apply",
+    "sed ": "tests/k8s/test_manifests.py, that the example image is found there",
     "sbatch ": "tests/slurm",
     "job=$(sbatch": "tests/slurm",
     "torchrun ": "tests/train/test_evaluate.py",
@@ -42,21 +43,27 @@ ELSEWHERE = {
 
 def commands(page: Path) -> Iterator[str]:
     """The commands of a page's fenced blocks, continued lines joined, comments cut."""
-    for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", page.read_text(), re.M | re.S):
+    for block in re.findall(r"^ *```(?:sh|bash)?\n(.*?)^ *```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             bare = re.split(r"\s#\s", f"{line} ")[0].strip()
-            if re.match(r"(phi3v|python|make|sbatch|kubectl|docker|git|source|torchrun) |job=", bare):
+            if re.match(r"(phi3v|python|make|sbatch|kubectl|docker|git|source|torchrun|sed) |job=", bare):
                 yield " ".join(bare.split())
 
 
-def documented() -> list[Any]:
-    """Every command once, quick start first: the others use what it made."""
+def documented(elsewhere: bool) -> list[Any]:
+    """Every command once, quick start first: the others use what it made. elsewhere: those that other tests
+    run, or all but those.
+    """
     order = sorted(PAGES, key=lambda page: page.name != "quickstart.md")
     seen: dict[str, str] = {}
     for page in order:
         for command in commands(page):
             seen.setdefault(command, page.name)
-    return [pytest.param(command, id=f"{page}: {command}") for command, page in seen.items()]
+    return [
+        pytest.param(command, id=f"{page}: {command}")
+        for command, page in seen.items()
+        if command.startswith(tuple(ELSEWHERE)) is elsewhere
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +160,20 @@ def foreign_material(root: Path) -> None:
         tar.close()
 
 
-@pytest.mark.parametrize("command", documented())
+@pytest.mark.parametrize("command", documented(elsewhere=True))
+def test_what_a_command_that_runs_elsewhere_names_is_there(command: str) -> None:
+    """The files of this repository, and settings that the recipe has."""
+    words = [word.strip("'") for word in re.split(r"[\s(]+", command)]
+    named = [word for word in words if word.startswith(("k8s/", "slurm/", "configs/"))]
+    for each in named:
+        assert list(ROOT.glob(each)), f"{command!r} names {each}, which is not there"
+    if "slurm/train.sh" in named:
+        config, *overrides = words[words.index("slurm/train.sh") + 1 :]
+        load_config(config if (ROOT / config).exists() else ROOT / "configs/burberry.yaml", overrides)
+
+
+@pytest.mark.parametrize("command", documented(elsewhere=False))
 def test_the_command_runs(command: str, workspace: Path) -> None:
-    if command.startswith(tuple(ELSEWHERE)):
-        return
     words = small(command)
     assert words[0] == "phi3v", f"{command!r} is neither of phi3v nor in ELSEWHERE"
     if words[1:3] == ["launch", "local"] or "--processes" in words:

@@ -123,6 +123,7 @@ def _schemas() -> dict[tuple[str, str], Object]:
         ("v1", "Namespace"): _kind(None),
         ("v1", "PersistentVolumeClaim"): _kind(claim),
         ("v1", "ConfigMap"): _kind(None, {"data": _STRINGS}),
+        ("v1", "Pod"): _kind(pod_template["properties"]["spec"]),
         ("batch/v1", "Job"): _kind(batch),
         ("kubeflow.org/v1", "PyTorchJob"): job,
         (TRAINER_API, "TrainingRuntime"): _model_schema(TrainerV1alpha1TrainingRuntime),
@@ -157,6 +158,8 @@ def _object_faults(each: Object) -> Iterator[str]:
         yield from (f"{where}: {fault}" for fault in _runtime_faults(each))
     if each["kind"] == "TrainJob":
         yield from (f"{where}: {fault}" for fault in _train_job_faults(each))
+    if each["kind"] == "Pod":
+        yield from _pod_faults(each["spec"])
     if each["kind"] == "Job":
         yield from (f"{where}: {fault}" for fault in _job_faults(each))
     if each["kind"] == "PersistentVolumeClaim":
@@ -312,8 +315,14 @@ def _pod_faults(pod: Object) -> Iterator[str]:
     kind = pod.get("securityContext", {}).get("seccompProfile", {}).get("type")
     if kind not in ("RuntimeDefault", "Localhost"):
         yield f"seccompProfile {kind!r}"
-    if not pod.get("securityContext", {}).get("runAsNonRoot"):
+    is_root = not pod.get("securityContext", {}).get("runAsNonRoot")
+    adds = any(
+        each.get("securityContext", {}).get("capabilities", {}).get("add") for each in pod["containers"]
+    )
+    if is_root and not adds:
         yield "may run as root"
+    if adds and not is_root:
+        yield "added capabilities reach no process that is not root"
     containers = [*pod.get("initContainers", []), *pod["containers"]]
     container_names = [container["name"] for container in containers]
     if len(set(container_names)) < len(container_names):
@@ -447,6 +456,8 @@ def _reference_faults(job: Object, objects: Sequence[Object]) -> Iterator[str]:
 
 def _pods(each: Object) -> list[Object]:
     spec = each.get("spec", {})
+    if each.get("kind") == "Pod":
+        return [spec]
     if each.get("kind") == "TrainingRuntime":
         jobs = spec.get("template", {}).get("spec", {}).get("replicatedJobs", [])
         return [job["template"]["spec"]["template"]["spec"] for job in jobs]

@@ -70,7 +70,11 @@ def test_the_overlay_for_the_trainer_is_what_the_command_renders() -> None:
 def test_the_shards_job_is_right(applied: list[Object]) -> None:
     shards = load(*(K8S / "shards").glob("*.yaml"))
     assert faults([*applied[:-1], *shards]) == []
-    assert {each["kind"] for each in shards} == {"Job"}
+    assert [each["kind"] for each in shards] == ["Job", "Pod", "Job"]
+    for change in ({"restartpolicy": "Never"}, {"securityContext": {}}, {"volumes": []}):
+        broken = copy.deepcopy(shards)
+        the("Pod", broken)["spec"].update(change)
+        assert faults([*applied[:-1], *broken]), change
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
@@ -78,6 +82,15 @@ def test_every_overlay_is_right(overlay: Path) -> None:
     objects = kustomize(overlay)
     assert faults(objects) == []
     assert objects != load(*(K8S / "base").glob("*-*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_the_image_is_changed_in_one_place(overlay: Path, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s/image/kustomization.yaml"
+    file.write_text(file.read_text().replace("newName: registry.example.com", "newName: mine.example.org"))
+    built = kustomize(tmp_path / "k8s/overlays" / overlay.name)
+    assert images_in(built) == {"mine.example.org/phi3v-dist:0.1.0"}
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="compares with kubectl where it is installed")
@@ -114,6 +127,26 @@ def test_master_and_workers_make_the_nodes(tmp_path: Path) -> None:
     assert arguments[-2:] == ["train.lr=2e-5", "track.group=two words"]
     alone = k8s.describe(str(config), [], nodes=1, gpus_per_node=8)
     assert list(k8s.pytorch_job(alone, k8s.KubernetesOptions())["spec"]["pytorchReplicaSpecs"]) == ["Master"]
+
+
+def test_several_data_sets_are_named_by_the_config(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    sources = "sources: [{path: /data/a, weight: 1}, {path: /data/b, weight: 2}]"
+    config.write_text(CONFIG.read_text().replace("path: ${oc.env:PHI3V_SHARDS,data/burberry}", sources))
+    job = k8s.describe(str(config), [], nodes=2, gpus_per_node=8)
+    assert job.overrides == ("runs_dir=/runs",)
+    job = k8s.describe(str(CONFIG), ["data.path=null", f"data.{sources.replace(': ', '=', 1)}"], 2, 8)
+    assert "data.path=/data/shards" not in job.overrides
+
+
+def test_a_node_gets_what_its_gpus_need() -> None:
+    def asked(**size: int) -> tuple[str, str]:
+        job = k8s.describe(str(CONFIG), ["train.global_batch=16"], nodes=2, **size)
+        amounts = k8s.container(job, "pytorch")["resources"]["requests"]
+        return amounts["cpu"], amounts["memory"]
+
+    assert asked(gpus_per_node=8) == ("64", "900Gi") and asked(gpus_per_node=1) == ("8", "200Gi")
+    assert asked(gpus_per_node=1, cpus_per_gpu=12, memory_gb=80) == ("12", "80Gi")
 
 
 def test_ranks_have_time_to_save_before_the_pod_is_killed() -> None:
@@ -297,15 +330,20 @@ def test_the_check_sees_broken_sets(applied: list[Object]) -> None:
 
 
 def kustomize(overlay: Path) -> list[Object]:
-    """What kustomize builds of our overlays: base or own resources, JSON patches on what their target
-    names."""
+    """What kustomize builds of our overlays: base or own resources, the image, JSON patches on what their
+    target names."""
     kustomization = yaml.safe_load((overlay / "kustomization.yaml").read_text())
-    known = {"apiVersion", "kind", "resources", "patches"}
+    known = {"apiVersion", "kind", "resources", "components", "patches"}
     assert set(kustomization) <= known, "this stand-in for kustomize knows no more"
     objects: list[Object] = []
     for name in kustomization["resources"]:
         path = (overlay / name).resolve()
         objects += kustomize(path) if path.is_dir() else load(path)
+    for name in kustomization.get("components", []):
+        component = yaml.safe_load((overlay / name / "kustomization.yaml").read_text())
+        assert set(component) == {"apiVersion", "kind", "images"}
+        for image in component["images"]:
+            put_image(objects, image)
     for patch in kustomization.get("patches", []):
         matching = [each for each in objects if each["kind"] == patch["target"]["kind"]]
         assert matching, f"{overlay}: no {patch['target']}"
@@ -318,6 +356,27 @@ def kustomize(overlay: Path) -> list[Object]:
             for operation in operations:
                 apply_operation(each, operation)
     return objects
+
+
+def put_image(found: Any, image: Object) -> None:
+    """The image into every list of containers, however deep."""
+    if isinstance(found, list):
+        for each in found:
+            put_image(each, image)
+    elif isinstance(found, dict):
+        for each in found.get("containers") or []:
+            if each["image"].rpartition(":")[0] == image["name"]:
+                each["image"] = f"{image['newName']}:{image['newTag']}"
+        put_image(list(found.values()), image)
+
+
+def images_in(found: Any) -> set[str]:
+    if isinstance(found, list):
+        return {image for each in found for image in images_in(each)}
+    if isinstance(found, dict):
+        own = {each["image"] for each in found.get("containers") or []}
+        return own | images_in(list(found.values()))
+    return set()
 
 
 def apply_operation(target: Any, operation: Object) -> None:

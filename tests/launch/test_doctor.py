@@ -75,6 +75,41 @@ def test_a_cluster_that_is_not_there_is_red(tmp_path: Path, monkeypatch: pytest.
         assert [finding.status for finding in check()] == ["red"]
 
 
+KUBECTL = """#!/bin/sh
+case "$*" in
+    *"get crd pytorchjobs"*) echo 'Error from server (NotFound)' >&2; exit 1 ;;
+    *"get secret"*) echo 'secrets "phi3v-wandb" not found' >&2; exit 1 ;;
+esac
+"""
+
+
+def test_a_cluster_with_the_trainer_alone_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = [(finding.status, finding.subject, finding.found) for finding in doctor.kubernetes_cluster()]
+    assert found == [
+        ("green", "API server", "there"),
+        ("green", "training operator", "v2: `phi3v launch k8s --operator v2`"),
+        ("green", "permission", "create trainjobs.trainer.kubeflow.org"),
+        ("yellow", "W&B secret", 'secrets "phi3v-wandb" not found'),
+    ]
+
+
+def test_wandb_is_used_as_training_would(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nowhere")
+    config = load_config(tiny_config, ["track.mode=auto"])
+    for environment, said in (
+        ({"WANDB_API_KEY": "x"}, "online"),
+        ({"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, "offline, `phi3v report"),
+        ({}, "offline, `phi3v report"),
+        ({"WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_MODE": "online"}, "online without WANDB_API_KEY"),
+    ):
+        (finding,) = doctor.wandb(config, environment)
+        assert finding.found.startswith(said), environment
+
+
 def test_a_line_names_status_subject_and_mend() -> None:
     finding = Finding("yellow", "GPUs", "none", "rent some")
     assert doctor.line(finding, colour=False) == "yellow GPUs: none; rent some"
