@@ -1,10 +1,11 @@
-# The image for Kubernetes and for Slurm with containers: this package, its pinned dependencies, nothing else; not root.
+# The image for Kubernetes and for Slurm with containers: this package, its pinned dependencies, and the compiler with
+# which DeepSpeed builds its offloading when a run starts; not root.
 #
 #   docker build -t registry.example.com/phi3v-dist:0.1.0 .
 #   docker build --build-arg BASE=... --build-arg PIP_ARGS="--extra-index-url https://..." .
 #
-# BASE: any Debian or Ubuntu image; torch's wheels bring the CUDA libraries, the driver comes from the node. The
-# `devel` image has the compiler that DeepSpeed's CPU optimizer (offloading) needs when it starts.
+# BASE: Debian 12 or Ubuntu 24.04 or newer (Python 3.11); torch's wheels bring the CUDA libraries, the driver comes from
+# the node. Only offloading needs a `devel` image: its CUDA headers are compiled against.
 ARG BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04
 FROM ${BASE}
 

@@ -53,7 +53,7 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[key=value]...", help="Settings on top of the recipe, such as train.lr=1e-5.",
+        metavar="key=value", help="Settings on top of the recipe, such as train.lr=1e-5.",
         autocompletion=offer_keys,
     ),
 ]  # fmt: skip

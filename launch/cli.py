@@ -7,6 +7,7 @@ checkpoint, 4 training diverged or data unusable, others a crash.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -118,7 +119,7 @@ def estimate(
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job.")] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="GB (10^9 bytes) of one GPU.")] = 80.0,
+    gpu_memory: Annotated[float, typer.Option(min=1, max=10_000, help="GB (10^9 bytes) of one GPU.")] = 80.0,
     scaling: Annotated[bool, typer.Option("--scaling", help="Time of a step on 8 to 1,024 GPUs.")] = False,
     gpu: Annotated[str, typer.Option(help="For --scaling: the GPU's name.")] = "H100",
     efficiency: Annotated[
@@ -283,7 +284,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: bfloat16 or float32; default: as trained.")
     ] = None,
-    max_shard_gb: Annotated[float, typer.Option(help="Largest weight file, 10^9 bytes.")] = 5.0,
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, 10^9 bytes.")] = 5.0,
     verify: Annotated[
         bool, typer.Option("--verify", help="Load it again and compare weights and answers.")
     ] = False,
@@ -361,7 +362,7 @@ def ask(
     prompt: Annotated[
         str, typer.Option(help="The question; the picture goes in front unless it has a tag.")
     ] = ("What is shown in this image?"),
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
 ) -> None:
     """Show a model one picture and print its answer.
 
@@ -399,12 +400,25 @@ def demo(
         raise SystemExit(code)
 
 
+_NOT_HERE = (
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS,
+    errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
+
+
 def main() -> None:
-    """Runs the command line; bad input ends with one line and exit code 2."""
+    """Runs the command line; bad input ends with one line and exit code 2, as does a place where nothing can
+    be written.
+    """
     try:
         app()
     except BadInputError as error:
         print(f"phi3v: {error}", file=sys.stderr)
+        raise SystemExit(USAGE) from None
+    except OSError as error:
+        if error.errno not in _NOT_HERE or error.filename is None:
+            raise
+        print(f"phi3v: {error.filename}: {error.strerror}; choose another place", file=sys.stderr)
         raise SystemExit(USAGE) from None
 
 

@@ -73,7 +73,13 @@ def launch_shards(
     taken = [word for word in more if word.split("=")[0] in ("--task", "--out", "--retry-failed")]
     if taken:
         raise BadInputError(f"{taken[0]} is not for the tasks of an array; run `phi3v shards build` for it")
+    if minutes * 60 <= STOP_LEAD_S:
+        raise BadInputError(
+            f"a time limit of {minutes} min leaves no time to build: a task is told to stop {STOP_LEAD_S} s "
+            "before it"
+        )
     build = ("shards", "build", source, "--out", out, *more)
+    _check_words(build)
     array = [ShardsTask((*build, "--task", f"{task}/{tasks}")) for task in range(tasks)]
     folder = Path(logs).resolve()
     if show:
@@ -101,6 +107,20 @@ def launch_shards(
     print(f"job {number}: {tasks} tasks of shards build, logs in {folder}")
     print(f"job {last.job_id}: then closes {out} and checks it, log {last.paths.stdout}")
     return DONE
+
+
+def _check_words(build: Sequence[str]) -> None:
+    """Raises BadInputError if `phi3v` would refuse these words: better now than in every task."""
+    import typer
+
+    from launch.cli_shards import app
+
+    command: Any = typer.main.get_command(app)
+    usage_error: Any = typer.BadParameter.__base__  # of the click inside typer
+    try:
+        command.commands["build"].make_context("build", [*build[2:], "--task", "0/1"])
+    except usage_error as error:
+        raise BadInputError(f"{' '.join(build[:2])}: {error.format_message()}") from error
 
 
 def _parameters(name: str, cpus: int, minutes: int, options: SlurmOptions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ node and for every start, because it is named after the dataset's fingerprint. C
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 import fsspec
 
 from phi3v_dist.config import DataConfig
+from shards.atomic import partial_path
 from shards.format import DATASET_JSON, INDEX_DIR, BadInputError, read_dataset_info
 
 COPIES_AT_ONCE = 8
@@ -51,7 +53,7 @@ def stage_dataset(source: str, directory: Path) -> Path:
         place, size = target / name, sizes[name]
         if place.exists() and (size is None or place.stat().st_size == size):
             return
-        partial = place.with_name(f".{place.name}.{os.getpid()}")
+        partial = partial_path(place)
         fs.get_file(f"{root.rstrip('/')}/{name}", str(partial))
         if size is not None and partial.stat().st_size != size:
             raise BadInputError(
@@ -61,10 +63,12 @@ def stage_dataset(source: str, directory: Path) -> Path:
 
     try:
         (target / INDEX_DIR).mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
-            list(pool.map(copy, sizes))
-        sizes[DATASET_JSON] = None
-        copy(DATASET_JSON)
+        with (target / ".turn").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)  # of the jobs on this node; goes with its process
+            with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+                list(pool.map(copy, sizes))
+            sizes[DATASET_JSON] = None
+            copy(DATASET_JSON)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BadInputError(f"cannot copy {source} to {target}: {reason}; unset PHI3V_STAGE_DIR") from error

@@ -1,6 +1,7 @@
 """The house: imports go launch -> phi3v_dist -> shards, and what must start fast pulls in no torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,12 @@ def test_training_takes_only_the_format_from_shards() -> None:
 def test_importing_it_pulls_in_no_torch(module: str) -> None:
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_map_names_every_module() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    words = set(re.findall(r"[a-z0-9_]+", page[page.index("```") : page.rindex("```")]))
+    modules = {
+        file.stem for package in FLOORS for file in (ROOT / package).rglob("*.py") if file.stem != "__init__"
+    }
+    assert not modules - words, "CONTRIBUTING.md: not on the map"

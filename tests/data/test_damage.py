@@ -31,6 +31,7 @@ from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from shards.build import BuildOptions, build
 from shards.format import BadInputError, read_index
 from shards.sample import make_catalogue
+from tests.waiting import wait_for
 
 TILE = 112
 
@@ -243,13 +244,6 @@ def test_reads_that_fail_are_tried_again_but_not_for_ever(
     assert Flaky.failures == 95
 
 
-def wait_for(condition: Any) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < 20
-        time.sleep(0.02)
-
-
 def test_shards_are_kept_on_the_node_within_the_limit_and_never_a_wrong_one(
     products: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,7 +267,7 @@ def test_shards_are_kept_on_the_node_within_the_limit_and_never_a_wrong_one(
             thread.start()
         for thread in threads:
             thread.join()
-        wait_for(copied.exists)
+        wait_for(copied.exists, 20, "the copy")
         assert copied.read_bytes() == (products / name).read_bytes()
         memory.rm(f"/kept/{name}")
         assert all(reader.images(records[name]) == want[name] for reader in readers), "from the copy"
@@ -296,7 +290,7 @@ def test_shards_are_kept_on_the_node_within_the_limit_and_never_a_wrong_one(
             return "replaced by another version" in str(error)
         return False
 
-    wait_for(refused)
+    wait_for(refused, 20, "the refusal")
     assert not list((tmp_path / "second").glob("*.tar"))
     wary.close()
     with caplog.at_level(logging.WARNING):

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ from launch.cluster import Attempts, membership, pod_exit_code
 from launch.description import torchrun_options
 from launch.local import cores
 from shards.format import BadInputError
+from tests.waiting import wait_for
 
 STANDIN = Path(__file__).with_name("standin_phi3v.py")
 CONFIG = """
@@ -110,13 +111,6 @@ def two_pods(tmp_path: Path) -> Iterator[Job]:
     for node in list(job.pods):
         if job.pods[node].poll() is None:
             job.kill(node)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
 
 
 def test_a_preempted_pod_saves_leaves_with_143_and_its_replacement_goes_on(two_pods: Job) -> None:

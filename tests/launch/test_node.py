@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.waiting import wait_for
 
 STANDIN = Path(__file__).with_name("standin_rank.py")
 LAUNCHER = """
@@ -34,13 +35,6 @@ def start(run_dir: Path, *behaviour: str, grace_s: float = 20) -> subprocess.Pop
         *behaviour,
     ]
     return subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
 
 
 def rank_pids(run_dir: Path) -> list[int]:

@@ -79,7 +79,13 @@ def test_a_task_that_fails_is_a_failed_job(tmp_path: Path, capfd: pytest.Capture
 
 @pytest.mark.parametrize(
     ("tasks", "more", "words"),
-    [(0, [], "0 tasks"), (2, ["--task", "0/2"], "--task is not for"), (2, [], "no sbatch on the PATH")],
+    [
+        (0, [], "0 tasks"),
+        (2, ["--task", "0/2"], "--task is not for"),
+        (2, ["--gruop-by", "code"], "No such option: --gruop-by"),
+        (2, ["--shard-samples", "many"], "shard-samples"),
+        (2, [], "no sbatch on the PATH"),
+    ],
 )
 def test_what_cannot_be_submitted_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: int, more: list[str], words: str
@@ -87,3 +93,5 @@ def test_what_cannot_be_submitted_is_refused(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInputError, match=words):
         launch_shards("t.csv", "out", more, tasks, logs=str(tmp_path / "logs"))
+    with pytest.raises(BadInputError, match="leaves no time to build"):
+        launch_shards("t.csv", "out", [], 2, minutes=2)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.stage import stage_dataset
+from shards.atomic import partial_path
 from shards.format import BadInputError, read_dataset_info, read_index
 
 
@@ -25,8 +26,9 @@ def test_a_half_copy_is_completed(products: Path, tmp_path: Path) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:100])
     (copy / "dataset.json").unlink()
+    partial_path(shard).write_bytes(b"left by a start that was killed")
     stage_dataset(str(products), tmp_path)
-    assert shard.read_bytes() == whole
+    assert shard.read_bytes() == whole and not list(copy.glob("**/*.partial"))
 
 
 def test_what_cannot_be_copied_is_one_line(products: Path, tmp_path: Path) -> None:

@@ -1,20 +1,14 @@
 """`phi3v train` with parallel.sp: the same curve, checkpoints that go from one sp to another, evaluation."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from phi3v_dist.config import load_config
-from tests.train.ranks import finish, run_ranks, start_ranks
+from tests.train.ranks import finish, logged, run_ranks, start_ranks
 
 pytestmark = pytest.mark.timeout(420)  # three runs one after the other
-
-
-def metrics(run_dir: Path, key: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {line["train/global_step"]: line[key] for line in lines if key in line}
 
 
 def test_sp_1_then_2_then_1_draws_one_curve(tiny_config: Path) -> None:
@@ -22,7 +16,7 @@ def test_sp_1_then_2_then_1_draws_one_curve(tiny_config: Path) -> None:
     checkpoints = run_dir / "checkpoints"
     every = ["checkpoint.every_steps=2", "checkpoint.keep_last=5", "model.gradient_checkpointing=true"]
     run_ranks(tiny_config, 2, *every)
-    straight = {key: metrics(run_dir, key) for key in ("train/loss", "train/tokens_seen", "eval/loss")}
+    straight = {key: logged(run_dir, key) for key in ("train/loss", "train/tokens_seen", "eval/loss")}
     assert list(straight["train/loss"]) == [1, 2, 3, 4, 5, 6]
 
     for step in (4, 6):
@@ -31,12 +25,12 @@ def test_sp_1_then_2_then_1_draws_one_curve(tiny_config: Path) -> None:
     output = run_ranks(tiny_config, 2, *every, "parallel.sp=2", *features)
     assert "going on from" in output and "step-000002" in output
     for key, values in straight.items():
-        assert metrics(run_dir, key) == pytest.approx(values, rel=1e-5), key
+        assert logged(run_dir, key) == pytest.approx(values, rel=1e-5), key
 
     shutil.rmtree(checkpoints / "step-000006")
     run_ranks(tiny_config, 2, *every)
     for key, values in straight.items():
-        assert metrics(run_dir, key) == pytest.approx(values, rel=1e-5), key
+        assert logged(run_dir, key) == pytest.approx(values, rel=1e-5), key
 
 
 def test_sp_that_does_not_divide_the_ranks_is_refused(tiny_config: Path) -> None:

@@ -15,11 +15,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
-import pytest
+
+from tests.waiting import wait_for
 
 NODES = ("node1", "node2", "node3")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -254,17 +255,6 @@ class SlurmCluster:
             for process in psutil.process_iter()
             if process.pid not in daemons and _environment(process).get("SLURM_CONF") == ours
         ]
-
-
-def wait_for(
-    condition: Callable[[], bool], seconds: float, what: str, explain: Callable[[], str] = lambda: ""
-) -> None:
-    """Polls until `condition` holds; fails the test after `seconds`, with what `explain` returns."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s for {what}\n{explain()}")
-        time.sleep(0.25)
 
 
 def free_ports(count: int) -> list[int]:

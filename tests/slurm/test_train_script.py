@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.slurm_cluster import SlurmCluster, wait_for
+from tests.slurm.slurm_cluster import SlurmCluster
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.system
 

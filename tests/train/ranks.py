@@ -1,5 +1,8 @@
-"""Starts real ranks for tests: torchrun over gloo, with a time limit; nothing outlives the call."""
+"""Starts real ranks for tests: torchrun over gloo, with a time limit; nothing outlives the call. Reads what
+they logged.
+"""
 
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +36,14 @@ def finish(process: subprocess.Popen[str], timeout: float = 120.0) -> tuple[int,
         output, _ = process.communicate()
         raise AssertionError(f"still running after {timeout} s:\n{output[-3000:]}") from None
     return process.returncode, output
+
+
+def logged(run_dir: Path, key: str) -> dict[int, float]:
+    """By step what a run has logged as `key`; no step twice."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["train/global_step"], line[key]) for line in lines if key in line]
+    assert len(dict(found)) == len(found), "a step was logged twice"
+    return dict(found)
 
 
 def run_ranks(config: Path, ranks: int, *overrides: str, limit: float = 120.0) -> str:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,7 +22,8 @@ from phi3v_dist.config import load_config
 from phi3v_dist.debug import Place, describe, replay, row_loss
 from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
 from tests.conftest import tiny_tree
-from tests.train.ranks import finish
+from tests.train.ranks import finish, logged
+from tests.waiting import wait_for
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")
 QUICK = ("eval.generate_samples=0", "eval.loss_samples=2", "train.steps=6")
@@ -72,17 +72,7 @@ class Job:
         return dict(checkpoint.read_tensors(self.run_dir / "checkpoints" / checkpoint.checkpoint_name(step)))
 
     def losses(self) -> dict[int, float]:
-        lines = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        found = [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]
-        assert len(dict(found)) == len(found), "a step was logged twice"
-        return dict(found)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
+        return logged(self.run_dir, "train/loss")
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -136,9 +126,11 @@ def test_ranks_that_die_sleep_or_stall_lose_nothing(tiny_config: Path, straight:
 
     # data that does not come any more, and then the order to stop
     process = job.start(2, "nan:0:2,stall:1", "parallel.timeout_s=60", "checkpoint.every_steps=1")
-    wait_for((tiny_config.parent / "stalled").exists, 90, "the stall")
-    process.send_signal(signal.SIGTERM)
-    code, output = finish(process, 60)
+    try:
+        wait_for((tiny_config.parent / "stalled").exists, 90, "the stall")
+        process.send_signal(signal.SIGTERM)
+    finally:
+        code, output = finish(process, 60)
     assert recorded_exit(job.run_dir, job.began) == PREEMPTED and "broken off, data did not come" in output
     assert not job.left()
     assert "going on from" in job.run(2, "nan:0:2")[1]

@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,19 +58,6 @@ def test_an_image_bomb_costs_its_sample_or_ends_the_run_in_one_line(products: Pa
     assert "data.max_bad_fraction" in output and "bomb" in output
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own that can be filled up."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def fill(disk: Path, leave: int) -> None:
     """Takes the room of `disk` but `leave` bytes."""
     free = os.statvfs(disk)
@@ -80,6 +65,7 @@ def fill(disk: Path, leave: int) -> None:
         os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leave)
 
 
+@pytest.mark.system
 def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_whole(
     products: Path, tmp_path: Path, small_disk: Path
 ) -> None:

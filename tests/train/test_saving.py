@@ -199,20 +199,7 @@ def test_kept_are_the_newest_every_so_many_and_what_a_pointer_names(run: Run, tm
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint, not for two."""
-    place = tmp_path / "small disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(place)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
+@pytest.mark.system
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_costs_saves_until_there_are_too_many(
     run: Run, small_disk: Path, caplog: pytest.LogCaptureFixture, in_background: bool

@@ -1,6 +1,5 @@
 """The loop on real ranks: the same curve as plain torch, exact resume, agreement to stop, refusals."""
 
-import json
 import os
 import shutil
 import signal
@@ -28,12 +27,7 @@ from phi3v_dist.restore import find_source, restore
 from phi3v_dist.track import read_metrics
 from phi3v_dist.wandb_file import history
 from shards.format import BadInputError, read_index
-from tests.train.ranks import finish, run_ranks, start_ranks
-
-
-def metrics(run_dir: Path, key: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {line["train/global_step"]: line[key] for line in lines if key in line}
+from tests.train.ranks import finish, logged, run_ranks, start_ranks
 
 
 def weights(target: Path) -> dict[str, torch.Tensor]:
@@ -80,10 +74,10 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
     assert "ZeRO-3 keeps 50." in output
 
     # the curve is that of one process without DeepSpeed
-    ours, plain = metrics(run_dir, "train/loss"), plain_losses(tiny_config, run_dir / "init")
+    ours, plain = logged(run_dir, "train/loss"), plain_losses(tiny_config, run_dir / "init")
     assert list(ours) == [1, 2, 3, 4, 5, 6]
     assert list(ours.values()) == pytest.approx(plain, rel=2e-5)
-    assert metrics(run_dir, "eval/loss").keys() == {6}
+    assert logged(run_dir, "eval/loss").keys() == {6}
     assert recorded_exit(run_dir, 0) == DONE
     assert (checkpoints / "latest").read_text() == "step-000006\n"
     straight = weights(checkpoints / "step-000006")
@@ -131,12 +125,12 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
     assert "going on from" in run_ranks(tiny_config, 2)
     again = weights(checkpoints / "step-000006")
     assert all(torch.equal(again[name], straight[name]) for name in straight)
-    assert metrics(run_dir, "train/loss") == ours
+    assert logged(run_dir, "train/loss") == ours
 
     # on one rank from the checkpoint of two: the same curve to rounding
     shutil.rmtree(checkpoints / "step-000006")
     run_ranks(tiny_config, 1)
-    assert list(metrics(run_dir, "train/loss").values()) == pytest.approx(list(ours.values()), rel=1e-5)
+    assert list(logged(run_dir, "train/loss").values()) == pytest.approx(list(ours.values()), rel=1e-5)
     alone = weights(checkpoints / "step-000006")
     assert max(float((alone[n] - straight[n]).abs().max()) for n in straight) < 1e-4
 
@@ -153,7 +147,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
         "track.mode=offline",
     )
     try:
-        while len(metrics(run_dir, "train/loss") if (run_dir / "metrics.jsonl").exists() else []) < 2:
+        while len(logged(run_dir, "train/loss") if (run_dir / "metrics.jsonl").exists() else []) < 2:
             assert time.time() - began < 90 and process.poll() is None
             time.sleep(0.2)
         ranks = [p for p in psutil.Process(process.pid).children() if "launch.cli" in " ".join(p.cmdline())]
@@ -166,11 +160,11 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
     newest = checkpoint.newest(run_dir / "checkpoints")
     assert newest is not None
     step = checkpoint.read_meta(newest)["progress"]["step"]
-    assert max(metrics(run_dir, "train/loss")) == step
+    assert max(logged(run_dir, "train/loss")) == step
 
     output = run_ranks(tiny_config, 2, f"train.steps={step + 2}", "track.mode=offline")
     assert f"going on from {newest}" in output
-    assert list(metrics(run_dir, "train/loss")) == list(range(1, step + 3))
+    assert list(logged(run_dir, "train/loss")) == list(range(1, step + 3))
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert [line["train/global_step"] for line in lines] == list(range(1, step + 3))
     files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))  # one W&B run, every step once
@@ -198,7 +192,7 @@ def test_unreadable_samples_are_left_out_and_too_many_stop_the_run(tiny_config: 
     output = run_ranks(tiny_config, 2, *epoch, "data.max_bad_fraction=0.1")
     logs = "".join((config.run_dir / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
     assert logs.count("sample left out") == 3 and "undecodable picture" in logs
-    assert list(metrics(config.run_dir, "data/bad_samples").values())[-1] == 3
+    assert list(logged(config.run_dir, "data/bad_samples").values())[-1] == 3
     assert "saved" in output
 
     for record in index[:20]:
