@@ -16,7 +16,7 @@ import fsspec
 
 from phi3v_dist.config import DataConfig
 from shards.atomic import partial_path
-from shards.format import DATASET_JSON, INDEX_DIR, BadInputError, read_dataset_info
+from shards.format import DATASET_JSON, INDEX_DIR, BadInputError, files_in, read_dataset_info
 
 COPIES_AT_ONCE = 8
 
@@ -44,10 +44,8 @@ def stage_dataset(source: str, directory: Path) -> Path:
     if (target / DATASET_JSON).exists():
         return target
     sizes: dict[str, int | None] = {shard.name: shard.bytes for shard in info.shards}
-    sizes |= {
-        f"{INDEX_DIR}/{Path(name).name}": None
-        for name in fs.glob(f"{root.rstrip('/')}/{INDEX_DIR}/*.parquet")
-    }
+    parts = files_in(fs, f"{root.rstrip('/')}/{INDEX_DIR}", ".parquet")
+    sizes |= {f"{INDEX_DIR}/{Path(name).name}": None for name in parts}
 
     def copy(name: str) -> None:
         place, size = target / name, sizes[name]

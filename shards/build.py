@@ -43,7 +43,7 @@ from shards.format import (
     dataset_info_json,
     read_dataset_info,
 )
-from shards.ledger import failed_rows, reasons
+from shards.ledger import failed_rows, reasons, rounds_before
 from shards.options import BuildOptions
 from shards.place import LOCK_SUFFIX, TASKS, Place, open_place, writing
 from shards.rows import PRODUCT_ANSWER, PRODUCT_PROMPT, Row
@@ -53,7 +53,7 @@ from shards.worker import Progress, Work, finished_windows
 
 __all__ = ["BuildOptions", "build", "build_task", "close_tasks", "retry_failed", "waits_for_close"]
 
-_WRITER = 3  # raised when the same source and options would give other bytes than before
+_WRITER = 4  # raised when the same source and options would give other bytes than before
 _log = logging.getLogger(__name__)
 
 
@@ -93,6 +93,8 @@ def build_task(
     of the task's own rows.
     """
     options = options or BuildOptions()
+    if tasks < 1:
+        raise BadInputError(f"task {task}/{tasks}: at least one task is needed")
     if not 0 <= task < tasks:
         raise BadInputError(f"task {task}/{tasks}: the task must be from 0 to {tasks - 1}")
     opened, plan = _prepare(source, options, tasks)
@@ -105,7 +107,10 @@ def build_task(
     with writing(out), _join(place, plan, task, tasks):
         if _is_complete(place):
             return list(finished_windows(place.root, work).values())
-        return list(do_work(place, work, options, progress).values())
+        windows = list(do_work(place, work, options, progress).values())
+        if opened.num_rows is None:  # else its share has been watched from the first row on
+            _check_share(place.root, opened.name, windows, options.min_success)
+        return windows
 
 
 def waits_for_close(out: str) -> bool:
@@ -166,7 +171,7 @@ def _prepare(source: str, options: BuildOptions, tasks: int) -> tuple[Source, di
     fingerprint = hashlib.sha256(json.dumps([opened.sha256, built_with, texts]).encode()).hexdigest()
     plan = {
         "fingerprint": fingerprint,
-        "source": source,
+        "source": opened.name,
         "num_rows": opened.num_rows,
         "built_with": built_with,
         "retry_rounds": 0,
@@ -313,12 +318,13 @@ def _retry_work(root: Path, source: Source, options: BuildOptions, tasks: int, n
                 continue
             assert source.part is not None
             everything = chain.from_iterable(source.part(task, tasks, 0) for task in range(tasks))
-            found = {row.number: row for row in everything if row.number in set(wanted)}
+            numbers = set(wanted)
+            found = {row.number: row for row in everything if row.number in numbers}
             yield from (found[each] for each in wanted if each in found)
 
     windows = range(_num_windows(len(failed), options.shard_samples))
     base = options.image_root or source.base
-    return Work(source.name, base, f"r{number:02d}-", rows, len(failed), windows)
+    return Work(source.name, base, f"r{number:02d}-", rows, len(failed), windows, None, rounds_before(number))
 
 
 def _complete(place: Place, source: Source, options: BuildOptions, progress: Progress | None) -> DatasetInfo:
@@ -361,6 +367,17 @@ def _undone_tasks(missing: set[int], count: int, tasks: int) -> list[int]:
         for task in range(tasks)
         if not missing.isdisjoint(range(count * task // tasks, count * (task + 1) // tasks))
     ]
+
+
+def _check_share(root: Path, source: str, windows: Sequence[Window], min_success: float) -> None:
+    """Raises BadInputError if more of the rows of a task's windows have failed than may."""
+    rows, failed = sum(each.rows for each in windows), sum(each.failed for each in windows)
+    if failed > (1 - min_success) * rows + 1e-9:
+        raise BadInputError(
+            f"{source}: {failed} of the {rows} rows of this task failed (min_success {min_success:g}); most "
+            f"often: {next(iter(reasons(root)), 'unknown')}; every row's outcome is in {root / LEDGER_DIR}; "
+            "mend the rows, or lower min_success and run it again, which keeps what is done"
+        )
 
 
 def _finish(place: Place, plan: dict[str, Any], min_success: float = 0.0) -> DatasetInfo:

@@ -1,8 +1,8 @@
 """Bytes from URLs and paths, many at a time, with every failure turned into a reason.
 
-In: URLs (http, https, file, object stores) or plain local paths. Out: one `Fetched` per input, in input
-order, holding the bytes or the reason why not; nothing here raises for a bad URL. At most `8 * concurrency`
-results exist at any moment.
+In: URLs (http, https, file, object stores) or plain local paths. Out: one `Fetched` per input, holding the
+bytes or the reason why not; nothing here raises for a bad URL. `in_order` keeps the order of the inputs and
+the memory of what waits for its turn within bounds.
 
 Addresses on private, loopback and link-local networks are refused unless the user allows them: a table from
 elsewhere must not make this machine read its neighbours' services. Every redirect is checked again, and so
@@ -22,12 +22,14 @@ import stat
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import fsspec
 import httpx
+
+from shards.format import first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,6 +38,7 @@ _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _STORES = ("s3", "gs", "gcs", "az", "abfs", "hf", "hdfs", "memory")  # through fsspec, with its own retries
 _LONGEST_WAIT = 60.0  # seconds before a retry, whatever the server asks for
 _LONGEST_BACKOFF = 20.0
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,14 @@ class Fetcher:
         if status != 200:
             wait = _retry_after(response.headers.get("retry-after")) if status in _RETRIED_STATUS else None
             return _Answer(reason=f"HTTP {status}", status=status, wait=wait)
+        coding = response.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):  # was not asked for, and may unpack to any size
+            return _Answer(reason=f"sent packed ({coding}) though that was not asked for", status=status)
         length = response.headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             return _Answer(reason=f"{length} bytes, more than the limit of {limit}", status=status)
         body = bytearray()
-        async for chunk in response.aiter_bytes():
+        async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > limit:
                 return _Answer(reason=f"more than the limit of {limit} bytes", status=status)
@@ -203,47 +209,57 @@ class Fetcher:
             _refuse_private(str(peer[0]), response.url.host)
 
 
-async def fetch_all(urls: Iterable[str], options: FetchOptions) -> AsyncIterator[Fetched]:
-    """Yields one `Fetched` for each of `urls`, in their order, fetching up to `options.concurrency` at a
-    time.
-    """
-    async with Fetcher(options) as fetcher:
-        async for fetched in in_order(urls, fetcher.fetch, 8 * options.concurrency):
-            yield fetched
-
-
 async def in_order(
     items: Iterable[Item],
     work: Callable[[Item], Awaitable[Result]],
     window: int,
     weigh: Callable[[Result], int] = lambda result: 0,
     most: int = 1,
+    at_once: int | None = None,
 ) -> AsyncGenerator[Result, None]:
-    """Yields `await work(item)` in the order of `items`, with up to `window` items begun and not yet yielded,
-    so that one that takes long holds nobody up. Begins none while the results that wait weigh `most` or more.
+    """Yields `await work(item)` in the order of `items`, with up to `window` items taken and not yet yielded,
+    so that one that takes long holds nobody up. at_once: of these so many at work; None: all.
+
+    None but the one whose turn it is begins while the results that wait weigh `most` or more. So no more than
+    that waits, and what `at_once` of them may bring on top.
     """
     tasks: deque[asyncio.Future[Result]] = deque()
     source = iter(items)
-    held = 0  # what the results that wait weigh
+    held = working = turn = number = 0  # held: what the results that wait weigh
+    changed = asyncio.Event()
 
-    def finished(task: asyncio.Future[Result]) -> None:
-        nonlocal held
-        if not task.cancelled() and task.exception() is None:
-            held += weigh(task.result())
+    def note_change() -> None:
+        nonlocal changed
+        changed.set()
+        changed = asyncio.Event()
+
+    async def work_on(item: Item, place: int) -> Result:
+        nonlocal held, working
+        while place != turn and (held >= most or working >= (at_once or window)):
+            await changed.wait()
+        working += 1
+        try:
+            result = await work(item)
+            held += weigh(result)
+            return result
+        finally:
+            working -= 1
+            note_change()
 
     try:
         while True:
             while len(tasks) < window and held < most:
                 try:
-                    task: asyncio.Future[Result] = asyncio.ensure_future(work(next(source)))
+                    tasks.append(asyncio.ensure_future(work_on(next(source), number)))
                 except StopIteration:
                     break
-                task.add_done_callback(finished)
-                tasks.append(task)
+                number += 1
             if not tasks:
                 return
             result = await tasks.popleft()
             held -= weigh(result)
+            turn += 1
+            note_change()
             yield result
     finally:
         for task in tasks:
@@ -270,11 +286,20 @@ class _Refused(Exception):
 
 def _refuse_private(address: str, host: str) -> None:
     ip = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(ip, "ipv4_mapped", None)
-    if not (mapped or ip).is_global or ip.is_multicast:
+    if not all(each.is_global for each in (ip, *_inside(ip))) or ip.is_multicast:
         raise _Refused(
             f"host {host} is at the private address {address}; --allow-private-hosts would fetch it"
         )
+
+
+def _inside(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """The IPv4 addresses that an IPv6 address leads to: mapped, 6to4, Teredo, NAT64 (RFC 6052)."""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return []
+    found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+    if ip in _NAT64 or int(ip) < 2**32:
+        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return [each for each in found if each is not None]
 
 
 def _retry_after(value: str | None) -> float:
@@ -326,8 +351,7 @@ def _read_store(url: str, max_bytes: int) -> Fetched:
     except FileNotFoundError:
         return Fetched(url, None, "no such object")
     except Exception as error:  # whatever a store's client raises
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Fetched(url, None, f"cannot be read ({line})")
+        return Fetched(url, None, f"cannot be read ({first_line(error)})")
     if len(data) > max_bytes:
         return Fetched(url, None, f"more than the limit of {max_bytes} bytes")
     return Fetched(url, data)

@@ -60,7 +60,9 @@ INDEX_SCHEMA = pa.schema(
 )
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
-_TAG = re.compile(r"<\|image_(\d+)\|>")
+IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+# Phi-3's tokens of a turn: in a text they would be learnt as, or taken for, the end of one.
+CONTROL_TOKENS = ("<|assistant|>", "<|user|>", "<|system|>", "<|end|>", "<|endoftext|>")
 
 
 class BadInputError(ValueError):
@@ -161,7 +163,7 @@ def read_index(root: str, split: str | None = None, columns: Sequence[str] | Non
         known = ", ".join(sorted(info.splits)) or "none"
         raise BadInputError(f"{root}: no split {split!r}; it has: {known}")
     fs, path = fsspec.core.url_to_fs(str(root))
-    names = sorted(fs.glob(f"{path.rstrip('/')}/{INDEX_DIR}/*.parquet"))
+    names = files_in(fs, f"{path.rstrip('/')}/{INDEX_DIR}", ".parquet")
     wanted = list(columns) if columns is not None else INDEX_SCHEMA.names
     needed = list(dict.fromkeys([*wanted, "shard", "offset", "split"]))
     schema = _subschema(needed)
@@ -171,8 +173,8 @@ def read_index(root: str, split: str | None = None, columns: Sequence[str] | Non
             with fs.open(name, "rb") as stream:
                 parts.append(pq.read_table(stream, columns=needed).cast(schema))
         except (pa.ArrowException, OSError) as error:
-            line = str(error).splitlines()[0]
-            raise BadInputError(f"{name}: unreadable index part ({line}); rebuild it") from error
+            reason = first_line(error)
+            raise BadInputError(f"{name}: unreadable index part ({reason}); rebuild it") from error
     table = pa.concat_tables(parts) if parts else schema.empty_table()
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
@@ -185,9 +187,25 @@ def read_index(root: str, split: str | None = None, columns: Sequence[str] | Non
     return table.sort_by([("shard", "ascending"), ("offset", "ascending")]).select(wanted)
 
 
+def files_in(filesystem: Any, folder: str, suffix: str) -> list[str]:
+    """The paths right in a folder of an fsspec file system that end so, sorted; none if there is no such
+    folder. (A glob would take brackets in the folder's name for a pattern.)
+    """
+    try:
+        found = filesystem.ls(folder, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(str(path) for path in found if str(path).endswith(suffix))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, on one line; its kind if it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def image_tags(messages: Sequence[dict[str, str]]) -> list[int]:
     """The K of every `<|image_K|>` in the messages, in order of appearance."""
-    return [int(k) for message in messages for k in _TAG.findall(message["content"])]
+    return [int(k) for message in messages for k in IMAGE_TAG.findall(message["content"])]
 
 
 def check_messages(messages: Any, num_images: int) -> None:
@@ -196,7 +214,7 @@ def check_messages(messages: Any, num_images: int) -> None:
     Good messages: a non-empty list of {"role", "content"} with known roles and text contents, at least one
     user turn, a non-empty assistant reply that is the last turn, and the tags <|image_1|> .. <|image_N|>
     exactly once each, in this order (the model takes images in order of appearance, whatever their number
-    says), never inside a reply.
+    says), never inside a reply; no control token of the model in a text.
     """
     if not isinstance(messages, list) or not messages:
         raise BadInputError("messages must be a non-empty list of {role, content}")
@@ -211,12 +229,17 @@ def check_messages(messages: Any, num_images: int) -> None:
             raise BadInputError(
                 f"message {place} has content of type {type(message['content']).__name__}, not text"
             )
+        for token in CONTROL_TOKENS:
+            if token in message["content"]:
+                raise BadInputError(
+                    f"message {place} holds the control token {token}; take it out of the text"
+                )
         if message["role"] == "system" and place != 0:
             raise BadInputError(f"message {place} is a system message; only the first may be one")
         if message["role"] == "assistant":
             if not message["content"].strip():
                 raise BadInputError(f"message {place}: the assistant's reply is empty")
-            if _TAG.search(message["content"]):
+            if IMAGE_TAG.search(message["content"]):
                 raise BadInputError(f"message {place}: an image tag stands in the assistant's reply")
     roles = [message["role"] for message in messages]
     if "user" not in roles:

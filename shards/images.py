@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageOps
 
-from shards.format import BadInputError
+from shards.format import BadInputError, first_line
+from shards.grey import eight_bits, is_deep
 
 EXTENSIONS = ("jpg", "png", "webp")
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+PILLOW_FORMATS = tuple(_FORMATS.values())
 _CODING = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 _QUALITY = 92
+_LONGEST = {"jpg": 65_535, "png": 2**31 - 1, "webp": 16_383}  # pixels of a side
+_THINNEST = 336  # longer side / shorter side: with a tile of 336 px and num_crops=1 nothing would be left
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height when the picture is shown
 
 
@@ -47,8 +52,8 @@ def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True)
     hundredth of the cost: finds files cut short, not damage inside the compressed pixels.
 
     Raises BadInputError: empty, another format (HTML error pages arrive this way), damaged or cut short,
-    animated, or of more than `max_pixels` pixels (checked before anything is decoded, so a decompression
-    bomb costs nothing).
+    animated, too long and thin to train on, or of more than `max_pixels` pixels (checked before anything is
+    decoded, so a decompression bomb costs nothing).
     """
     if not data:
         raise BadInputError("empty file")
@@ -56,18 +61,18 @@ def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True)
     if extension is None:
         raise BadInputError(f"not a JPEG, PNG or WebP image (starts with {data[:16]!r})")
     if extension == "jpg" and not decode and (size := _plain_jpeg(data)) is not None:
-        if size[0] * size[1] > max_pixels:
-            raise BadInputError(f"{size[0]}x{size[1]} pixels, more than the limit of {max_pixels}")
+        check_size(*size, max_pixels)
         return ImageFacts(extension, *size)
     try:
         with Image.open(io.BytesIO(data), formats=[_FORMATS[extension]]) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise BadInputError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
+            check_size(width, height, max_pixels)
             # A JPEG with several frames is a phone's multi-picture file, whose first frame is the photograph.
             if extension != "jpg" and getattr(image, "n_frames", 1) > 1:
                 raise BadInputError(f"animated image of {getattr(image, 'n_frames', 1)} frames")
-            if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
+            # Pillow decodes a PNG to its end for its EXIF data.
+            exif = _png_exif(data) if extension == "png" and not decode else image.getexif()
+            if exif.get(_ORIENTATION, 1) in (5, 6, 7, 8):
                 width, height = height, width
             if not decode:
                 _check_structure(data, extension)
@@ -80,9 +85,27 @@ def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True)
     except Image.DecompressionBombError as error:
         raise BadInputError(f"too many pixels ({error})") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInputError(f"damaged {extension} image ({reason})") from error
+        raise BadInputError(f"damaged {extension} image ({first_line(error)})") from error
     return ImageFacts(extension, width, height)
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises BadInputError for more than `max_pixels` pixels, and for a picture too long and thin."""
+    if width * height > max_pixels:
+        raise BadInputError(f"{width}x{height} pixels, more than the limit of {max_pixels}")
+    if max(width, height) > _THINNEST * min(width, height):
+        raise BadInputError(
+            f"{width}x{height} pixels: too long and thin to train on (more than {_THINNEST} to 1); drop it"
+        )
+
+
+def _png_exif(data: bytes) -> Image.Exif:
+    """The EXIF data of a PNG from its chunk of that name, empty without one."""
+    exif = Image.Exif()
+    for name, start, end in _chunks(data):
+        if name == b"eXIf":
+            exif.load(b"Exif\0\0" + data[start:end])
+    return exif
 
 
 def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
@@ -133,14 +156,20 @@ def _check_structure(data: bytes, extension: str) -> None:
 
 def _check_chunks(data: bytes) -> None:
     """Raises ValueError if a chunk of a PNG is damaged or there is no end."""
+    for name, start, end in _chunks(data):
+        if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError(f"checksum of a chunk {name!r} is wrong")
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end) of the content of each chunk of a PNG. Raises ValueError if there is no end."""
     place, name = 8, b""
     while name != b"IEND":
         length, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         end = place + 8 + length
         if len(data) < end + 4:
             raise ValueError("cut short: no end of image")
-        if zlib.crc32(memoryview(data)[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise ValueError(f"checksum of a chunk {name!r} is wrong")
+        yield name, place + 8, end
         place = end + 4
 
 
@@ -162,10 +191,17 @@ def reencode(
             image.alpha_composite(above)
         if transparent and extension != "jpg":
             image = image.convert("RGBA")
+        elif is_deep(image):
+            image = eight_bits(image)
         elif image.mode not in ("RGB", "L"):
             image = image.convert("RGB")
         if max_side is not None:
             image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        if max(image.size) > _LONGEST[extension]:
+            raise BadInputError(
+                f"{image.width}x{image.height} pixels, {extension} holds {_LONGEST[extension]} on a side; "
+                "give --max-side, or another --reencode"
+            )
         image.info.clear()  # what it says of colours, orientation and cameras is about the old bytes
         encoded = io.BytesIO()
         image.save(encoded, _FORMATS[extension], **settings)

@@ -40,6 +40,7 @@ from shards.format import (
     DatasetInfo,
     ShardInfo,
     dataset_info_json,
+    first_line,
     read_dataset_info,
 )
 from shards.ledger import ledger_line, ledger_part, reasons
@@ -52,7 +53,7 @@ from shards.window import index_part
 
 INDEXER = "indexer"  # in DatasetInfo.built_with of a dataset that was indexed, not built
 
-_INDEXER = 1  # raised when equal tars and options would give another index than before
+_INDEXER = 2  # raised when equal tars and options would give another index than before
 _TAR_KEY = b"phi3v_tar"
 _IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 _SPLIT_WORDS = {
@@ -280,10 +281,17 @@ def _prepare(
                 fields[member.suffix] = data.decode()
         except UnicodeDecodeError:
             continue  # an array, a sound: nothing a template could name
-        except json.JSONDecodeError as error:
-            return Prepared(Row(number, sample.key), (), f"member {member.name} is not JSON ({error})"), []
+        except (ValueError, RecursionError) as error:  # not JSON, numbers of thousands of digits, too deep
+            reason = f"member {member.name} is not readable JSON ({first_line(error)})"
+            return Prepared(Row(number, sample.key), (), reason), []
+    members = _in_named_order(members, fields.get("images"), options)
+    if isinstance(named := fields.get("images"), list) and len(named) != len(members):
+        reason = f"its JSON names {len(named)} image(s), the tar has {len(members)}"
+        return Prepared(Row(number, sample.key), (), reason), []
     fields["images"] = [member.name for member in members]
     row = maker.row(number, sample.key, fields)
+    if row.fault is None and list(row.images) != fields["images"]:
+        row = Row(number, sample.key, fault=f"{len(row.images)} image(s) named, the tar has {len(members)}")
     if row.fault is not None:
         return Prepared(row, (), row.fault), []
     limits = BuildOptions(max_bytes=options.max_bytes, max_pixels=options.max_pixels)
@@ -305,6 +313,17 @@ def _image_members(sample: TarSample, suffixes: tuple[str, ...]) -> list[Member]
         return [by_suffix[suffix] for suffix in suffixes if suffix in by_suffix]
     images = [each for each in sample.members if each.suffix.rpartition(".")[2] in _IMAGE_SUFFIXES]
     return sorted(images, key=lambda member: _natural(member.suffix.rpartition(".")[0]))
+
+
+def _in_named_order(members: list[Member], named: Any, options: IndexOptions) -> list[Member]:
+    """The members in the order in which a sample's own JSON names them, if it names them all."""
+    if options.images or not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        return members
+    by_name = {name: each for each in members for name in (each.name.rpartition("/")[2], each.suffix)}
+    found = [by_name.get(each.rpartition("/")[2]) for each in named]
+    chosen = [each for each in found if each is not None]
+    complete = len(chosen) == len(members) == len({each.name for each in chosen})
+    return chosen if complete and None not in found else members
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,7 @@ def read_ledger(root: Path, pattern: str = "*.jsonl") -> Iterator[dict[str, Any]
 
 def failed_rows(root: Path, before_round: int | None = None) -> set[int]:
     """The numbers of the rows whose last outcome (before this round of trying again, from 1) is a failure."""
-    patterns = ["*.jsonl"]
-    if before_round is not None:
-        patterns = ["part-[0-9]*.jsonl", *(f"part-r{each:02d}-*.jsonl" for each in range(1, before_round))]
+    patterns = ("*.jsonl",) if before_round is None else rounds_before(before_round)
     failed = set()
     for entry in chain.from_iterable(read_ledger(root, pattern) for pattern in patterns):
         if entry["outcome"] == "failed":
@@ -71,6 +69,11 @@ def failed_rows(root: Path, before_round: int | None = None) -> set[int]:
         else:
             failed.discard(entry["row"])
     return failed
+
+
+def rounds_before(number: int) -> tuple[str, ...]:
+    """The patterns of the ledgers of all that was tried before round `number` (from 1), in order."""
+    return ("part-[0-9]*.jsonl", *(f"part-r{each:02d}-*.jsonl" for each in range(1, number)))
 
 
 def reasons(root: Path) -> dict[str, int]:
@@ -86,11 +89,15 @@ def image_digest(hashes: list[str]) -> bytes:
     return hashlib.sha256(" ".join(hashes).encode()).digest()
 
 
-def seen_images(root: Path, prefix: str, numbers: Iterable[int]) -> dict[bytes, int]:
-    """The digests of the images of all samples in these windows of a worker, with their rows' numbers."""
+def seen_images(
+    root: Path, prefix: str, numbers: Iterable[int], before: Sequence[str] = ()
+) -> dict[bytes, int]:
+    """The digests of the images of all samples in these windows of a worker, with their rows' numbers.
+    before: patterns of the ledgers of earlier rounds, whose samples count as well.
+    """
     seen = {}
-    for number in numbers:
-        for entry in read_ledger(root, ledger_part(root, prefix, number).name):
+    for pattern in (*before, *(ledger_part(root, prefix, number).name for number in numbers)):
+        for entry in read_ledger(root, pattern):
             if entry["outcome"] == "ok" and entry["images"]:
                 seen[image_digest([image["sha256"] for image in entry["images"]])] = entry["row"]
     return seen

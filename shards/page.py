@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
 from shards.format import read_index
+from shards.images import PILLOW_FORMATS, check_image
 from shards.inspect import Inspection
 
 Place = tuple[Any, str]  # a file system of fsspec and a path in it
@@ -190,7 +191,8 @@ def _thumbnail(place: Place, shard: str, image: dict[str, Any]) -> str:
         filesystem, root = place
         end = image["offset"] + image["length"]
         data = filesystem.cat_file(f"{root}/{shard}", start=image["offset"], end=end)
-        with Image.open(io.BytesIO(data)) as opened:
+        check_image(data, decode=False)  # none but our formats reach Pillow, and no bomb
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as opened:
             opened.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
             small = ImageOps.exif_transpose(opened).convert("RGB")
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import urllib.parse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import fsspec
 
-from shards.format import BUILD_JSON, DATASET_JSON, INDEX_DIR, LEDGER_DIR, BadInputError
+from shards.format import BUILD_JSON, DATASET_JSON, INDEX_DIR, LEDGER_DIR, BadInputError, files_in, first_line
 
 LOCK_SUFFIX = ".lock"
 TASKS = ".tasks"  # how many tasks are building here; gone when the dataset is complete
@@ -105,7 +106,7 @@ class Place:
             path.unlink(missing_ok=True)
 
     def _names(self, folder: str) -> list[str]:
-        found = self.filesystem.glob(f"{self.base}/{folder}/*")
+        found = files_in(self.filesystem, f"{self.base}/{folder}", "")
         return [f"{folder}/{path.rsplit('/', 1)[1]}" for path in found]
 
     @contextlib.contextmanager
@@ -113,10 +114,9 @@ class Place:
         try:
             yield
         except Exception as error:  # whatever a store's client raises
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadInputError(
-                f"{self.out}: the store does not answer as it should ({line}); check its address and your "
-                "rights, then run again"
+                f"{self.out}: the store does not answer as it should ({first_line(error)}); check its "
+                "address and your rights, then run again"
             ) from error
 
 
@@ -128,14 +128,22 @@ def _stamp(entry: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def writing(out: str) -> Iterator[None]:
-    """Turns what a full or forbidden disk raises into a BadInputError."""
+    """Turns what a full or forbidden disk raises into a BadInputError, and what cannot be read elsewhere."""
     try:
         yield
     except OSError as error:
         place = f" at {error.filename}" if error.filename else ""
+        if error.filename and not _concerns(out, Path(error.filename)):
+            raise BadInputError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
         raise BadInputError(
             f"{out}: cannot write ({error.strerror or error}{place}); make room or choose another --out"
         ) from error
+
+
+def _concerns(out: str, file: Path) -> bool:
+    """Whether `file` lies in `out`, or `out` in it; of a store nobody knows."""
+    place, file = Path(out).absolute(), file.absolute()
+    return "://" in out or place == file or place in file.parents or file in place.parents
 
 
 def open_place(out: str, work_dir: str | None = None, worker: str = "") -> Place:
@@ -144,6 +152,8 @@ def open_place(out: str, work_dir: str | None = None, worker: str = "") -> Place
 
     Raises BadInputError if there is no driver for the URL.
     """
+    if out[:7].lower() == "file://":
+        return Place(out, Path(urllib.parse.unquote(urllib.parse.urlsplit(out).path)))
     if "://" not in out:
         return Place(out, Path(out))
     try:

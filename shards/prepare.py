@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shards.fetch import Fetched, Fetcher, is_local, read_local
-from shards.format import BadInputError
+from shards.format import BadInputError, first_line
 from shards.images import ImageFacts, check_image, reencode
 from shards.options import BuildOptions
 from shards.rows import Image, Row
@@ -55,9 +55,7 @@ class Prepared:
         return "ok" if self.fault is None else "dropped" if self.dropped else "failed"
 
 
-async def prepare_all(
-    rows: Sequence[Row], base: str, fetcher: Fetcher, options: BuildOptions
-) -> list[Prepared]:
+async def prepare_all(rows: Sequence[Row], base: str, options: BuildOptions) -> list[Prepared]:
     """`prepare` of rows whose images are all on disks here (see `on_disk`), as one job of a thread."""
     return await asyncio.to_thread(lambda: [_prepare_local(row, _places(row, base), options) for row in rows])
 
@@ -135,8 +133,7 @@ def _made_anew(data: bytes, facts: ImageFacts, options: BuildOptions) -> tuple[b
     except BadInputError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInputError(f"damaged {facts.extension} image ({reason})") from error
+        raise BadInputError(f"damaged {facts.extension} image ({first_line(error)})") from error
 
 
 def with_pictures(row: Row, pictures: Sequence[Picture]) -> Prepared:

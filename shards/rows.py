@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shards.format import BadInputError, check_messages, image_tags
+from shards.format import BadInputError, check_messages, image_tags, sample_json
 
 Image = str | bytes  # a path or URL, or the picture itself
 Made = tuple[list[Image], list[dict[str, str]], dict[str, Any]]  # images, messages, meta
@@ -91,9 +91,15 @@ def make_row(number: int, key: str, record: Mapping[str, Any], make: RowMaker, g
         images, messages, meta = make(record)
         group = None if group_by is None else _text({**meta, **record}, group_by)
         check_messages(messages, len(images))
+        sample_json(messages, meta)
+        "".join([group or "", *(image for image in images if isinstance(image, str))]).encode()
         return Row(number, key, tuple(images), messages, meta, group)
     except (RowFault, BadInputError) as fault:
-        return Row(number, key, fault=str(fault))
+        return Row(number, key, fault=str(fault).encode(errors="backslashreplace").decode())
+    except UnicodeEncodeError as error:
+        return Row(number, key, fault=f"text with {error.object[error.start]!r}, which is no character")
+    except RecursionError:
+        return Row(number, key, fault="nested too deeply")
 
 
 def row_maker(source: str, columns: Sequence[str], recipe: Recipe) -> RowMaker:
@@ -180,7 +186,7 @@ def _from_messages(record: Mapping[str, Any]) -> Made:
 
 def _from_conversations(record: Mapping[str, Any]) -> Made:
     """A record of LLaVA or ShareGPT: "conversations" of {"from", "value"}, "image" or "images"."""
-    turns = record["conversations"]
+    turns = record.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowFault("no list of conversations")
     messages = []
@@ -199,8 +205,12 @@ def _from_conversations(record: Mapping[str, Any]) -> Made:
 
 
 def _place_tags(messages: list[dict[str, Any]], num_images: int) -> None:
-    """Numbers the placeholders <image>; without any tag, puts the tags before the first user message."""
-    if num_images == 0 or not all(isinstance(message["content"], str) for message in messages):
+    """Numbers the placeholders <image>; without any tag, puts the tags before the first user message.
+
+    Raises RowFault unless there are as many placeholders as images, also for a record that has lost its own:
+    a model must not learn to answer about a picture that it does not see.
+    """
+    if not all(isinstance(message["content"], str) for message in messages):
         return  # a fault that is not text is found by the check of the messages
     if image_tags(messages):
         return
@@ -214,7 +224,7 @@ def _place_tags(messages: list[dict[str, Any]], num_images: int) -> None:
             while _PLACEHOLDER in message["content"]:
                 number += 1
                 message["content"] = message["content"].replace(_PLACEHOLDER, f"<|image_{number}|>", 1)
-    elif asked:
+    elif asked and num_images:
         asked[0]["content"] = _tags(num_images) + asked[0]["content"]
 
 

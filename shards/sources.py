@@ -18,7 +18,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +27,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.format import BadInputError
-from shards.rows import Recipe, Row, RowFault, RowMaker, make_key, make_row, row_maker
+from shards.format import BadInputError, first_line
+from shards.rows import Made, Recipe, Row, RowFault, RowMaker, make_key, make_row, row_maker
 from shards.tars import sha256_of
 
 HF_PREFIX = "hf:"
@@ -98,7 +98,8 @@ def _filesystem(source: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def _open_table(source: str, kind: str, recipe: Recipe) -> Source:
+def _open_table(source: str, kind: str, recipe: Recipe, images: str | None = None) -> Source:
+    """images: column that holds the pictures where the recipe names none."""
     try:
         with fsspec.open(source, "rb") as stream:
             sha256 = sha256_of(stream)
@@ -106,10 +107,16 @@ def _open_table(source: str, kind: str, recipe: Recipe) -> Source:
     except OSError as error:
         raise BadInputError(f"{source}: cannot be read ({error.strerror or error})") from error
     except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
-        raise BadInputError(f"{source}: not a readable {kind} file ({str(error).splitlines()[0]})") from error
+        raise BadInputError(f"{source}: not a readable {kind} file ({first_line(error)})") from error
     if num_rows == 0:
         raise BadInputError(f"{source}: no rows; nothing to build")
+    talks = not {"messages", "conversations"}.isdisjoint(columns)
+    talks = talks and not recipe.images and recipe.prompt is None and recipe.answer is None
+    if images is not None and not talks:
+        recipe = replace(recipe, images=recipe.images or (images,))
     make = row_maker(source, columns, recipe)
+    if images is not None and talks:
+        make = _with_images(make, images)
 
     def rows(spans: Sequence[Span]) -> Iterator[Row]:
         at = 0
@@ -122,6 +129,16 @@ def _open_table(source: str, kind: str, recipe: Recipe) -> Source:
 
     base = source.rpartition("/")[0] if "://" in source else str(Path(source).resolve().parent)
     return Source(source, base, num_rows, sha256, rows)
+
+
+def _with_images(make: RowMaker, column: str) -> RowMaker:
+    """For records whose messages are about the pictures of `column`."""
+
+    def made(record: Mapping[str, Any]) -> Made:
+        others = {name: value for name, value in record.items() if name != column}
+        return make({**others, "images": record.get("images") or record.get(column)})
+
+    return made
 
 
 def _rows(records: Iterable[Record], number: int, step: int, make: RowMaker, recipe: Recipe) -> Iterator[Row]:
@@ -200,17 +217,26 @@ def _csv_records(source: str, text: io.TextIOWrapper, delimiter: str) -> Iterato
             yield f"{len(fields)} fields, the header has {len(header)}"
 
 
+def _integer(digits: str) -> int | str:
+    """Python reads no number of more than 4,300 digits (CVE-2020-10735); one of so many stays text."""
+    return int(digits) if len(digits) <= 4000 else digits
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+
+
 def _json_record(line: str) -> Record:
     try:
-        record = json.loads(line)
+        record = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         return f"not JSON ({error})"
+    except RecursionError:
+        return "JSON that is nested too deeply"
     return record if isinstance(record, dict) else f"JSON of type {type(record).__name__}, not an object"
 
 
 def _json_array(text: io.TextIOWrapper) -> Iterator[Record]:
     """Yields the elements of one JSON list without holding the list: such files have gigabytes."""
-    decoder = json.JSONDecoder()
     buffer = text.read(2**20).lstrip()
     if not buffer.startswith("["):
         wanted = "not a list of records; one record a line goes into a .jsonl file"
@@ -222,7 +248,9 @@ def _json_array(text: io.TextIOWrapper) -> Iterator[Record]:
         if buffer.startswith("]", place):
             return
         try:
-            record, place = decoder.raw_decode(buffer, place)
+            record, place = _DECODER.raw_decode(buffer, place)
+        except RecursionError as error:
+            raise json.JSONDecodeError("nested too deeply", buffer[place : place + 20], 0) from error
         except json.JSONDecodeError:  # cut by the end of the buffer, or really none
             more = text.read(max(2**20, len(buffer) - place))
             if not more:
@@ -237,17 +265,18 @@ def _open_folder(source: str, recipe: Recipe) -> Source:
     filesystem, root = _filesystem(source)
     for name in _METADATA:
         if filesystem.exists(f"{root}/{name}"):
-            columns = recipe.images or ("file_name",)
-            named = Recipe(**{**recipe.__dict__, "images": columns})
-            return _open_table(f"{source.rstrip('/')}/{name}", _SUFFIXES[Path(name).suffix], named)
+            table = f"{source.rstrip('/')}/{name}"
+            return _open_table(table, _SUFFIXES[Path(name).suffix], recipe, images="file_name")
     found = sorted(path.removeprefix(root).lstrip("/") for path in filesystem.find(root))
     names = [name for name in found if Path(name).suffix.lower() in _PICTURES]
     if not names:
         raise BadInputError(
             f"{source}: no pictures ({', '.join(sorted(_PICTURES))}) and no {_METADATA[0]} in it"
         )
-    captions = set(found)
-    sha256 = hashlib.sha256("\n".join(found).encode()).hexdigest()
+    texts = {str(Path(name).with_suffix(".txt")) for name in names} & set(found)
+    digest = hashlib.sha256("\n".join(names).encode())
+    for name in sorted(texts):  # a caption that was edited makes another data set; strange files make none
+        digest.update(f"\n{name}\n".encode() + filesystem.cat_file(f"{root}/{name}"))
     named = Recipe(**{**recipe.__dict__, "images": recipe.images or ("image",)})
     make = row_maker(source, ["image", "label", "caption"], named)
 
@@ -256,7 +285,7 @@ def _open_folder(source: str, recipe: Recipe) -> Source:
             caption = str(Path(name).with_suffix(".txt"))
             text = (
                 filesystem.cat_file(f"{root}/{caption}").decode(errors="replace")
-                if caption in captions
+                if caption in texts
                 else None
             )
             yield {"image": name, "label": Path(name).parent.name or None, "caption": text}
@@ -266,19 +295,20 @@ def _open_folder(source: str, recipe: Recipe) -> Source:
             yield from _rows(records(names[first:end]), first, 1, make, named)
 
     base = source.rstrip("/") if "://" in source else str(Path(source).resolve())
-    return Source(source, base, len(names), sha256, rows)
+    return Source(source, base, len(names), digest.hexdigest(), rows)
 
 
 def _open_hf(source: str, recipe: Recipe) -> Source:
-    """A dataset through `datasets`, streamed: nothing is stored beside the shards."""
+    """A dataset through `datasets`, streamed: nothing is stored beside the shards. All of a build is of one
+    revision: the commit that the hub has for the asked one is what is read, recorded, and gone on with.
+    """
     name, _, split = source.removeprefix(HF_PREFIX).partition("#")
     name, _, revision = name.partition("@")
     try:
         import datasets
 
-        stream = datasets.load_dataset(
-            name, split=split or "train", revision=revision or None, streaming=True
-        )
+        commit = None if Path(name).exists() else _commit(name, revision or None)
+        stream = datasets.load_dataset(name, split=split or "train", revision=commit, streaming=True)
         first = next(iter(stream.take(1)), None)
         features = stream.features or {}
         for column, feature in features.items():
@@ -287,8 +317,7 @@ def _open_hf(source: str, recipe: Recipe) -> Source:
             elif isinstance(getattr(feature, "feature", None), datasets.Image):
                 stream = stream.cast_column(column, datasets.List(datasets.Image(decode=False)))
     except Exception as error:  # whatever a hub, a network or a loader raises
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInputError(f"{source}: cannot be loaded by `datasets` ({line})") from error
+        raise BadInputError(f"{source}: cannot be loaded by `datasets` ({first_line(error)})") from error
     if first is None:
         raise BadInputError(f"{source}: no rows; nothing to build")
     make = row_maker(source, list(features) or list(first), recipe)
@@ -307,8 +336,24 @@ def _open_hf(source: str, recipe: Recipe) -> Source:
         for first, end in spans:
             yield from islice(part(0, 1, first), end - first)
 
-    identity = f"{name}@{revision or getattr(stream.info, 'dataset_version', None) or ''}#{split or 'train'}"
-    return Source(source, name, None, hashlib.sha256(identity.encode()).hexdigest(), rows, part)
+    content = _files_digest(Path(name)) if commit is None else commit
+    identity = f"{name}@{content}#{split or 'train'}"
+    pinned = f"{HF_PREFIX}{name}{f'@{commit}' if commit else ''}#{split or 'train'}"
+    return Source(pinned, name, None, hashlib.sha256(identity.encode()).hexdigest(), rows, part)
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that `revision` of a data set is on the hub: a branch, tag or commit; None: the main one."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(name, revision=revision).sha
+
+
+def _files_digest(folder: Path) -> str:
+    """Of the names and sizes of what lies in a local data set."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    listed = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def _guarded(source: str, records: Iterable[Record]) -> Iterator[Record]:
@@ -316,5 +361,4 @@ def _guarded(source: str, records: Iterable[Record]) -> Iterator[Record]:
     try:
         yield from records
     except Exception as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInputError(f"{source}: reading stopped ({line}); run again to go on") from error
+        raise BadInputError(f"{source}: reading stopped ({first_line(error)}); run again to go on") from error

@@ -24,10 +24,11 @@ from shards.format import (
     DatasetInfo,
     ShardInfo,
     check_messages,
+    files_in,
     read_dataset_info,
     read_index,
 )
-from shards.images import check_image
+from shards.images import check_image, check_size
 from shards.tars import TarSample, read_member, scan, sha256_of
 
 _MAX_FAULTS = 1000
@@ -91,7 +92,7 @@ class _Checker:
         """What is wrong with the dataset as a whole."""
         faults = []
         listed = [shard.name for shard in self._info.shards]
-        tars = {path.rsplit("/", 1)[1] for path in self._filesystem.glob(f"{self._root}/*.tar")}
+        tars = {path.rsplit("/", 1)[1] for path in files_in(self._filesystem, self._root, ".tar")}
         stray = sorted(tars - set(listed))
         faults += [f"{name}: not in {DATASET_JSON}; delete it or build anew" for name in stray]
         keys = Counter(self._index["key"].to_pylist())
@@ -152,6 +153,10 @@ class _Checker:
         wanted = self._is_chosen(row["key"])
         for image in row["images"]:
             self.images += 1
+            try:
+                check_size(image["width"], image["height"], max_pixels=2**40)
+            except BadInputError as error:
+                yield f"image {image['member']}: {error}"
             member = members.get(image["member"])
             if member is None or (member.offset, member.length) != (image["offset"], image["length"]):
                 yield f"image {image['member']} is not where the index says"
@@ -178,7 +183,7 @@ class _Checker:
             return
         try:
             content = json.loads(read_member(stream, member))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield f"{member.name} is not JSON ({error})"
             return
         if self._foreign:  # its index may be made of other fields and templates

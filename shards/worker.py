@@ -48,7 +48,7 @@ class Work:
     of its files. rows(spans): rows of ascending spans of their places in this work. num_rows: of all rows
     that `windows` count; None if only reading to the end tells. windows: the numbers of the worker's windows
     among them, None for one after the other until the rows end. may_fail: rows that may fail before it gives
-    up; None: any number.
+    up; None: any number. before: patterns of the ledgers of earlier rounds.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Work:
     num_rows: int | None = None
     windows: range | None = None
     may_fail: int | None = None
+    before: tuple[str, ...] = ()
 
     def span(self, number: int, size: int) -> Span:
         """The places of the rows of window `number`, for windows of `size` rows."""
@@ -143,7 +144,8 @@ async def _write_windows(
         rows = work.rows([work.span(number, size) for number in todo])
         earlier = range(work.windows.start, todo[0])
     upcoming = next(rows, None)
-    seen = seen_images(root, work.prefix, earlier) if options.duplicates == "drop" else None
+    drops = options.duplicates == "drop"
+    seen = seen_images(root, work.prefix, earlier, work.before) if drops else None
 
     def window_rows(count: int) -> Iterator[Row]:
         nonlocal upcoming
@@ -158,14 +160,16 @@ async def _write_windows(
         async def prepare_batch(batch: list[Row]) -> list[Prepared]:
             if len(batch) == 1 and not on_disk(batch[0], work.base):
                 return [await prepare(batch[0], work.base, fetcher, options)]
-            return await prepare_all(batch, work.base, fetcher, options)
+            return await prepare_all(batch, work.base, options)
 
         for number in todo:
             first, end = work.span(number, size)
             writer = WindowWriter(root, work.prefix, number, options.val_fraction, options.shard_bytes)
             batches = _batches(window_rows(end - first), work.base)
             most = _MOST_WAITING // (options.processes or 1)
-            prepared = in_order(batches, prepare_batch, 8 * options.concurrency, _weight, most)
+            prepared = in_order(
+                batches, prepare_batch, 8 * options.concurrency, _weight, most, 2 * options.concurrency
+            )
             try:
                 async with contextlib.aclosing(prepared):
                     async for items in prepared:

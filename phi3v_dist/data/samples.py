@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards.atomic import partial_path, publish
-from shards.format import INDEX_DIR, BadInputError, ShardInfo, read_dataset_info, read_index
+from shards.format import INDEX_DIR, BadInputError, ShardInfo, files_in, read_dataset_info, read_index
 
 _COLUMNS = ["key", "shard", "images", "messages"]
 _BATCH = 4096  # samples of a record batch
@@ -173,8 +173,7 @@ def samples_fingerprint(paths: Sequence[str], split: str) -> str:
     digest = hashlib.sha256(repr(("samples 1", split, len(paths))).encode())
     for path in paths:
         fs, root = fsspec.core.url_to_fs(str(path))
-        names = sorted(fs.glob(f"{root.rstrip('/')}/{INDEX_DIR}/*.parquet"))
-        for name in names:
+        for name in files_in(fs, f"{root.rstrip('/')}/{INDEX_DIR}", ".parquet"):
             digest.update(name.rpartition("/")[2].encode())
             with fs.open(name, "rb") as stream:
                 while block := stream.read(1 << 22):

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from phi3v_dist.processor import resample
 from phi3v_dist.processor.geometry import TILE, HDGrid, hd_grid
 from shards.format import BadInputError
+from shards.grey import eight_bits, is_deep
 
 MAX_PIXELS = 100_000_000
 # Not all that Pillow reads: it runs Ghostscript for EPS, and its rare formats are the least tested.
@@ -58,12 +59,8 @@ def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Imag
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # A plain convert() would clip 16 bits to white. Mode I holds 16-bit data too, from some formats.
-        if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
-            values = values / 257
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8), "L").convert("RGB")
+    if is_deep(image):
+        return eight_bits(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

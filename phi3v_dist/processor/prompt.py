@@ -7,19 +7,16 @@ to and including `<|end|>`, nothing else. Token counts of the plan are the lengt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shards.format import BadInputError
+from shards.format import CONTROL_TOKENS, IMAGE_TAG, BadInputError
 
 IGNORE = -100
-_TAG = re.compile(r"<\|image_(\d+)\|>")
 # What ends a turn. "chat" is the published chat template; "seed" is the layout of the product fine-tuning
 # script published in the Phi-3 cookbook, which has no newline after a turn.
 TEMPLATES = {"chat": "<|end|>\n", "seed": "<|end|>"}
-CONTROL_TOKENS = ("<|assistant|>", "<|user|>", "<|system|>", "<|end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def seed_messages(title: object, category: object, price: object) -> list[dict[s
 
 def image_tags(text: str) -> list[int]:
     """The K of every <|image_K|>, in order of appearance."""
-    return [int(k) for k in _TAG.findall(text)]
+    return [int(k) for k in IMAGE_TAG.findall(text)]
 
 
 def encode_text(tokenizer: Any, text: str, image_tokens: Sequence[int]) -> list[int]:
@@ -66,7 +63,7 @@ def encode_text(tokenizer: Any, text: str, image_tokens: Sequence[int]) -> list[
     Raises BadInputError if the tags are not exactly <|image_1|>..<|image_n|> for n pictures; order and
     repetition are the caller's concern, as published.
     """
-    pieces = _TAG.split(text)
+    pieces = IMAGE_TAG.split(text)
     tags = [int(k) for k in pieces[1::2]]
     if sorted(set(tags)) != list(range(1, len(image_tokens) + 1)):
         raise BadInputError(_mismatch(tags, len(image_tokens)))
@@ -116,7 +113,7 @@ def check_text(messages: Sequence[dict[str, str]], pictures: int) -> None:
 
 def text_pieces(text: str) -> list[str]:
     """The pieces of a rendered text between its image tags: each is tokenised by itself."""
-    return _TAG.split(text)[::2]
+    return IMAGE_TAG.split(text)[::2]
 
 
 def _reply_labels(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import functools
+import gzip
 import http.server
 import io
 import random
@@ -107,6 +108,8 @@ class Site:
         elif kind == "endless":  # does not say so
             head(request, 200, {"Transfer-Encoding": "chunked"})
             flood(request, chunked=True)
+        elif kind == "packed":
+            send(request, 200, gzip.compress(bytes(2**24)), "image/jpeg", {"Content-Encoding": "gzip"})
         elif kind == "bomb":
             send(request, 200, bomb(), "image/png")
         elif kind == "loop":

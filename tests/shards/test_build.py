@@ -16,6 +16,7 @@ import pytest
 from shards.build import BuildOptions, build
 from shards.fetch import Fetched
 from shards.format import BadInputError, read_index
+from shards.place import writing
 from shards.prepare import Picture, Prepared, split_of
 from shards.rows import Row
 from shards.verify import verify
@@ -324,6 +325,21 @@ def test_a_source_of_unknown_length_is_built_and_goes_on(
     assert build(f"hf:{tmp_path / 'data'}", str(tmp_path / "out"), options).num_samples == 25
     assert verify(str(tmp_path / "out"), decode=1).faults == ()
     assert ledger(tmp_path / "out")[0]["images"][0]["image"] == "inline"
+
+
+@pytest.mark.parametrize("out", ["a set [1]", "file://a%20set"])
+def test_a_place_may_have_any_name(tmp_path: Path, table: Callable[..., Path], out: str) -> None:
+    place = tmp_path / out.removeprefix("file://").replace("%20", " ")
+    asked = str(place) if "file" not in out else place.as_uri()
+    build(str(table(4)), asked, ASK)
+    assert len(read_index(str(place))) == 4 and verify(str(place), decode=1).faults == ()
+    assert build(str(tmp_path / "source/table.csv"), asked, ASK).num_samples == 4, "goes on where it was"
+
+
+def test_what_cannot_be_read_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    for file, words in (("table.csv", "cannot be read .No such file"), ("out/x", "choose another --out")):
+        with pytest.raises(BadInputError, match=words), writing(str(tmp_path / "out")):
+            (tmp_path / file).read_bytes()
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path, table: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.fetch import Fetched, FetchOptions, fetch_all, in_order
+from shards.fetch import Fetched, Fetcher, FetchOptions, in_order
 from tests.shards.conftest import Site
 
 QUICK = FetchOptions(
@@ -16,7 +16,8 @@ QUICK = FetchOptions(
 
 def fetch(urls: list[str], options: FetchOptions = QUICK) -> list[Fetched]:
     async def run() -> list[Fetched]:
-        return [fetched async for fetched in fetch_all(urls, options)]
+        async with Fetcher(options) as fetcher:
+            return [fetched async for fetched in in_order(urls, fetcher.fetch, 8 * options.concurrency)]
 
     return asyncio.run(run())
 
@@ -35,6 +36,7 @@ def fetch(urls: list[str], options: FetchOptions = QUICK) -> list[Fetched]:
         ("cut-1", "RemoteProtocolError", 3),
         ("huge-1", "1073741824 bytes, more than the limit of 1048576", 1),
         ("endless-1", "more than the limit of 1048576 bytes", 1),
+        ("packed-1", "sent packed (gzip)", 1),
         ("loop-1", "more than 5 redirects", 1),
         ("elsewhere-1", "which is not http or https", 1),
     ],
@@ -75,7 +77,8 @@ def test_one_host_gets_only_its_share(site: Site) -> None:
 @pytest.mark.parametrize(
     "url",
     ["http://127.0.0.1:1/x", "http://localhost:1/x", "http://[::1]:1/x", "http://169.254.169.254/x",
-     "http://10.0.0.1/x", "http://[::ffff:10.0.0.1]/x", "http://0.0.0.0:1/x"],
+     "http://10.0.0.1/x", "http://[::ffff:10.0.0.1]/x", "http://0.0.0.0:1/x",
+     "http://[64:ff9b::a9fe:a9fe]/x", "http://[2002:a00:1::1]/x", "http://[::10.0.0.1]/x"],
 )  # fmt: skip
 def test_private_addresses_are_refused(url: str) -> None:
     (fetched,) = fetch([url], FetchOptions(retries=0, connect_timeout=1))
@@ -123,6 +126,23 @@ def test_in_order_begins_no_more_than_its_window() -> None:
         return found
 
     assert asyncio.run(run()) == list(range(50)) and most <= 4
+
+
+def test_in_order_holds_no_more_than_it_may() -> None:
+    """The first takes long; of the others no more than `at_once` may add to what waits."""
+    waiting: list[int] = []
+
+    async def work(item: int) -> int:
+        await asyncio.sleep(0.2 if item == 0 else 0.001)
+        waiting.append(item)
+        return item
+
+    async def run() -> int:
+        async for _ in in_order(range(200), work, 100, lambda item: 10, 40, 5):
+            return len(waiting)
+        return 0
+
+    assert asyncio.run(run()) <= 40 // 10 + 5 + 1
 
 
 def test_in_order_begins_none_while_too_much_waits() -> None:

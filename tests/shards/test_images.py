@@ -5,9 +5,11 @@ import io
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, PngImagePlugin
 
+from phi3v_dist.processor.image import decode_image
 from shards.format import BadInputError
 from shards.images import check_image, parse_coding, reencode, sniff
 
@@ -128,3 +130,39 @@ def test_shrunk_pictures_are_upright_and_of_the_same_format(picture: Callable[..
     small, facts = reencode(data, check_image(data), 90)
     assert (facts.width, facts.height) == (60, 90) and check_image(small) == facts
     assert Image.open(io.BytesIO(small)).format == kind
+
+
+def test_deep_grey_stays_what_training_would_have_seen() -> None:
+    """Pillow's own conversion would make nearly all of it white."""
+    ramp = np.linspace(0, 65_535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    data = io.BytesIO()
+    Image.fromarray(ramp).save(data, "PNG")
+    made, _ = reencode(data.getvalue(), check_image(data.getvalue()), coding="png")
+    seen = [np.asarray(decode_image(each).convert("L"), dtype=int) for each in (data.getvalue(), made)]
+    assert np.array_equal(*seen) and seen[0].min() == 0 and 120 < seen[0].mean() < 135
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("decode", [True, False])
+def test_what_is_too_thin_to_train_on_is_refused(kind: str, decode: bool) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (1500, 1)).save(data, kind)
+    with pytest.raises(BadInputError, match="1500x1 pixels: too long and thin"):
+        check_image(data.getvalue(), decode=decode)
+
+
+def test_a_png_is_not_decoded_for_its_orientation(
+    picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned, plain = (picture(3, "PNG", (80, 50), orientation=each) for each in (6, 1))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: 1 / 0)
+    for data, size in ((turned, (50, 80)), (plain, (80, 50))):
+        facts = check_image(data, decode=False)
+        assert (facts.width, facts.height) == size
+
+
+def test_what_a_format_cannot_hold_is_said() -> None:
+    data = io.BytesIO()
+    Image.new("L", (17_000, 100)).save(data, "PNG")
+    with pytest.raises(BadInputError, match="17000x100 pixels, webp holds 16383 on a side"):
+        reencode(data.getvalue(), check_image(data.getvalue()), coding="webp")

@@ -95,6 +95,38 @@ def test_bad_samples_are_in_the_ledger_and_counted(tmp_path: Path, picture: Pict
     assert verify(str(root), decode=1).faults == ()
 
 
+def test_the_pictures_that_a_sample_names_must_be_there(tmp_path: Path, picture: Picture) -> None:
+    def talk(count: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "<image>" * count + "?"}, {"role": "assistant", "content": "x"}]
+
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
+    two = {"a.jpg": picture(1, size=(30, 20)), "b.jpg": picture(2, size=(40, 20))}
+    samples = [
+        {"json": {"messages": talk(2), "images": ["x/b.jpg", "x/a.jpg"]}, **two},  # told in this order
+        {"json": {"messages": talk(1), "images": ["x/a.jpg", "x/b.jpg"]}, "jpg": picture(1)},
+        {"json": {"messages": talk(1)}},
+        {"json": b'{"messages": ' + b"9" * 5000 + b"}", "jpg": picture(1)},
+        {"json": {"messages": talk(1), "image": "a.jpg"}, "jpg": picture(1)},
+    ]
+    tar = [{"__key__": f"s{number}", **sample} for number, sample in enumerate(samples)]
+    for each in tar:
+        each["json"] = each["json"] if isinstance(each["json"], bytes) else json.dumps(each["json"]).encode()
+    root = write_tars(tmp_path / "d", {"x.tar": tar})
+    build_index(str(root), IndexOptions(val_fraction=0, min_success=0.1))
+    rows = read_index(str(root)).to_pylist()
+    assert [row["key"] for row in rows] == ["s0", "s4"]
+    assert [image["width"] for image in rows[0]["images"]] == [40, 30]
+    ledger = [json.loads(line) for line in (root / "ledger/part-000000.jsonl").read_text().splitlines()]
+    reasons = ["names 2 image(s), the tar has 1", "0 image(s) but 1 placeholder", "not readable JSON"]
+    assert all(reason in entry["reason"] for entry, reason in zip(ledger[1:4], reasons, strict=True))
+    assert verify(str(root), decode=1).faults == ()
+    llava = [{"__key__": f"s{n}", "json": {"conversations": turns, "image": "a.jpg"}} for n in range(2)]
+    root = write_tars(tmp_path / "llava", {"x.tar": [{**llava[0], "jpg": picture(1)}, llava[1]]})
+    build_index(str(root), IndexOptions(val_fraction=0, min_success=0.1))
+    assert read_index(str(root))["key"].to_pylist() == ["s0"]
+    assert "1 image(s) named, the tar has 0" in (root / "ledger/part-000000.jsonl").read_text()
+
+
 def test_stopped_half_way_it_goes_on_with_the_same_result(
     tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,6 @@ def test_the_page_shows_everything_and_needs_nothing_beside_it(
     page = make_page(str(tmp_path / "out"), inspect(str(tmp_path / "out")))
     HTMLParser(convert_charrefs=False).feed(page)
     assert "&lt;b&gt;item 0&lt;/b&gt;?" in page and "<b>item" not in page
-    assert page.count("data:image/jpeg;base64,") >= 3 and "cannot identify image file" in page
+    assert page.count("data:image/jpeg;base64,") >= 3 and "not a JPEG, PNG or WebP image" in page
     assert "no such file" in page and page.count("<svg") == 5
     assert "http" not in page and "<script" not in page and " src=" in page

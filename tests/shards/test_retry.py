@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_after_repair_exactly_the_failed_rows_are_fetched(tmp_path: Path, site: 
     assert verify(out, decode=1).faults == ()
     site.requests.clear()
     assert retry_failed(source, out, ASK) == mended and not site.requests
+
+
+def test_a_row_that_arrives_late_is_still_a_duplicate(tmp_path: Path, site: Site) -> None:
+    (tmp_path / "one.jpg").write_bytes(site.good)
+    rows = [("one.jpg", "a"), ("two.jpg", "b"), ("three.jpg", "c")]
+    source = str(write_csv(tmp_path / "table.csv", ("image", "name"), rows))
+    options = replace(ASK, duplicates="drop", min_success=0.1)
+    assert build(source, str(tmp_path / "out"), options).num_samples == 1
+    for name in ("two.jpg", "three.jpg"):
+        (tmp_path / name).write_bytes(site.good)
+    assert retry_failed(source, str(tmp_path / "out"), options).num_samples == 1
+    assert failed_rows(tmp_path / "out") == set()
 
 
 def test_a_split_does_not_depend_on_when_a_row_arrived(tmp_path: Path, site: Site) -> None:

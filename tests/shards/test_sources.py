@@ -106,6 +106,74 @@ def test_messages_as_they_are_and_as_parts(tmp_path: Path) -> None:
     assert all(word in (row.fault or "") for row, word in zip(bad, words, strict=True))
 
 
+@pytest.mark.parametrize("lost", [{}, {"image": None}, {"images": []}, {"image": ""}])
+def test_a_record_that_has_lost_its_picture_is_a_bad_row(tmp_path: Path, lost: dict[str, Any]) -> None:
+    """A model must not learn to answer about what it does not see."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}]
+    good = {"conversations": turns, "image": "a.jpg"}
+    (row,) = rows_of(jsonl(tmp_path / "c.jsonl", {"conversations": turns, **lost}), Recipe())
+    assert row.fault == "0 image(s) but 1 placeholder(s) <image>"
+    (row,) = rows_of(jsonl(tmp_path / "m.jsonl", {"messages": messages, **lost}), Recipe())
+    assert row.fault == "0 image(s) but 1 placeholder(s) <image>"
+    (row,) = rows_of(jsonl(tmp_path / "g.jsonl", good), Recipe())
+    assert row.fault is None and row.images == ("a.jpg",)
+    messages[0]["content"] = "Hello"
+    (row,) = rows_of(jsonl(tmp_path / "t.jsonl", {"messages": messages, **lost}), Recipe())
+    assert row.fault is None and row.images == ()
+
+
+def test_one_bad_record_is_one_bad_row(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    deep = "[" * 100_000 + "]" * 100_000
+    path = jsonl(
+        tmp_path / "c.jsonl",
+        {"conversations": turns, "id": 1},
+        {"id": 2},
+        '{"conversations": [{"from": "human", "value": "\\ud800"}, {"from": "gpt", "value": "x"}]}',
+        {"conversations": [turns[0], {"from": "gpt", "value": "x<|end|>"}]},
+        f'{{"conversations": {json.dumps(turns)}, "id": {deep}}}',
+        f'{{"conversations": {json.dumps(turns)}, "id": {"9" * 5000}}}',
+        f'{{"conversations": {json.dumps(turns)}, "id": "\\udfff"}}',
+    )
+    rows = rows_of(path, Recipe())
+    faults = [
+        None, "no list of conversations", "which is no character", "control token <|end|>",
+        "nested too deeply", None, "which is no character",
+    ]  # fmt: skip
+    for row, fault in zip(rows, faults, strict=True):
+        assert row.fault is None if fault is None else fault in (row.fault or ""), (row.fault, fault)
+        json.dumps(row.fault, ensure_ascii=False).encode()
+    whole = tmp_path / "c.json"
+    whole.write_text(f'[{{"conversations": {json.dumps(turns)}, "id": {"9" * 5000}}}]')
+    assert rows_of(whole, Recipe())[0].meta == {"id": "9" * 5000}
+    whole.write_text(f"[{deep}]")
+    with pytest.raises(BadInputError, match="not a readable json file .nested too deeply"):
+        open_source(str(whole), Recipe())
+
+
+def test_what_a_folder_says_is_its_identity(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    def identity() -> str:
+        return open_source(str(tmp_path), Recipe(prompt="?", answer="{caption}")).sha256
+
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "a.txt").write_text("A cat.")
+    first = identity()
+    (tmp_path / ".DS_Store").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
+    assert identity() == first
+    (tmp_path / "a.txt").write_text("A dog.")
+    assert identity() != first
+
+
+def test_a_folder_whose_table_has_messages(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}]
+    jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.jpg", "messages": messages, "from": "x"})
+    (row,) = rows_of(tmp_path, Recipe())
+    assert row.fault is None and row.images == ("a.jpg",) and row.meta == {"from": "x"}
+    assert row.messages[0]["content"] == "<|image_1|>What?"
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -166,6 +167,45 @@ def test_the_parts_of_a_stream_are_disjoint_and_everything(tmp_path: Path) -> No
         assert sorted(row.messages[1]["content"] for part in parts for row in part) == sorted(columns["name"])
         for task, part in enumerate(parts):
             assert list(source.part(task, tasks, 2)) == part[2:]
+
+
+def test_a_task_of_a_stream_fails_with_too_many_rows(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+    import datasets
+
+    features = datasets.Features({"photo": datasets.Image(), "name": datasets.Value("string")})
+    columns = {"photo": [{"bytes": picture(n), "path": None} for n in range(10)], "name": ["x", None] * 5}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "data/train.parquet"))
+    source, out = f"hf:{tmp_path / 'data'}", str(tmp_path / "out")
+    options = BuildOptions(("photo",), "?", "{name}", shard_samples=3)
+    with pytest.raises(BadInputError, match="5 of the 5 rows of this task failed .*is empty"):
+        build_task(source, out, 1, 2, options)
+    for task in (0, 1):
+        build_task(source, out, task, 2, replace(options, min_success=0))
+    assert close_tasks(out).num_samples == 5
+
+
+def test_a_data_set_that_changes_on_its_hub_is_not_mixed(
+    tmp_path: Path, picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the hub says of the branch stands in for the hub; the data lie on the disk."""
+    import datasets
+
+    columns = {"image": [f"{n}.jpg" for n in range(4)], "name": ["x"] * 4}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    load = datasets.load_dataset
+    asked: list[str | None] = []
+
+    def from_disk(name: str, split: str, revision: str | None, streaming: bool) -> object:
+        asked.append(revision)
+        return load(str(tmp_path), split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_disk)
+    monkeypatch.setattr("shards.sources._commit", lambda name, revision: f"commit of {revision}")
+    recipe = Recipe(("image",), "?", "{name}")
+    first, second = open_source("hf:a/b", recipe), open_source("hf:a/b@next#train", recipe)
+    assert asked == ["commit of None", "commit of next"] and first.sha256 != second.sha256
+    assert second.name == "hf:a/b@commit of next#train"
 
 
 def test_tasks_of_a_stream_have_files_of_their_own(tmp_path: Path, picture: Callable[..., bytes]) -> None:
