@@ -7,6 +7,7 @@ needed. Called by `phi3v debug row`.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from phi3v_dist.origin import model_config_of, tokenizer_dir
 from phi3v_dist.processor.tokenizer import load_tokenizer
 from phi3v_dist.restore import find_source, restore
 from phi3v_dist.rundir import DATA
+from phi3v_dist.track import row_at
 from shards.format import BadInputError
 
 _SHOWN = 400  # characters of a text
@@ -64,7 +66,10 @@ def replay(config: RunConfig, place: Place) -> Replayed:
         tokens = load_tokenizer(tokenizer_dir(config, Path(scratch)))
     data = prepare_data(config, tokens, model_config_of(config).tile, config.run_dir / DATA, writer=False)
     end_row = data.plan.end_row(config.train.epochs) if config.train.epochs else None
-    step = data.plan.step(place.step * config.train.global_batch, end_row)
+    first_row = row_at(config.run_dir, place.step, config.train.global_batch)
+    if place.step >= (config.train.steps or sys.maxsize) or first_row >= (end_row or sys.maxsize):
+        raise BadInputError(f"{config.run_dir}: the run ends before step {place.step} (steps count from 0)")
+    step = data.plan.step(first_row, end_row)
     micro = rank_rows(step, data.plan.costs, place.rank, place.ranks, config.views_per_call)[place.micro]
     reader = data.maker.reader()
     try:

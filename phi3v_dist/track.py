@@ -37,16 +37,19 @@ _log = logging.getLogger(__name__)
 class Tracker:
     """The metrics of a run; `log`, `close`.
 
-    from_step: the step that the run goes on from; lines of later steps, left by a killed process, are cut
-    off: they come again. about: what the W&B run's configuration holds beside the resolved configuration.
+    from_step, from_row: the step and the row of the plan that the run goes on from; lines of later steps,
+    left by a killed process, are cut off: they come again. about: what the W&B run's configuration holds
+    beside the resolved configuration.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, from_step: int, about: dict[str, Any]) -> None:
+    def __init__(
+        self, config: RunConfig, run_dir: Path, from_step: int, about: dict[str, Any], from_row: int = 0
+    ) -> None:
         self._path = run_dir / METRICS
         self._waiting: deque[bytes] = deque(maxlen=_WAITING)
         self._complained = False
         cut_after(self._path, from_step)
-        _record_start(run_dir, from_step, about)
+        _record_start(run_dir, from_step, from_row, about)
         mode = resolve_mode(config)
         self.mirror = None if mode == "disabled" else Mirror(config, run_dir, mode, about)
 
@@ -120,6 +123,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith(b"\n") and _step_of(line) < math.inf]
 
 
+def row_at(run_dir: Path, step: int, global_batch: int) -> int:
+    """The first row of the plan that a run takes in optimizer step `step`, as far as its starts tell: where
+    the run was once to end, a step is short, also if it was prolonged afterwards.
+    """
+    first_step = first_row = 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for line in (run_dir / STARTS).read_text().splitlines():
+            start = json.loads(line)
+            if int(start["step"]) <= step:
+                first_step, first_row = int(start["step"]), int(start["row"])
+    return first_row + (step - first_step) * global_batch
+
+
 def cut_after(path: Path, step: int) -> None:
     """Removes the lines of steps after `step`, and those that are no line of metrics: a half-written one, or
     what a crash of the machine left.
@@ -165,9 +181,9 @@ def has_key(environment: Mapping[str, str] = os.environ) -> bool:
         return False
 
 
-def _record_start(run_dir: Path, from_step: int, about: dict[str, Any]) -> None:
+def _record_start(run_dir: Path, from_step: int, from_row: int, about: dict[str, Any]) -> None:
     """Appends to RUN/starts.jsonl: when the run started or went on, where, with how many ranks."""
-    fields = {"step": from_step, "time": round(time.time(), 3)}
+    fields = {"step": from_step, "row": from_row, "time": round(time.time(), 3)}
     fields |= {name: about[name] for name in ("world_size", "host", "job", "git") if name in about}
     try:
         with (run_dir / STARTS).open("a", encoding="utf-8") as stream:

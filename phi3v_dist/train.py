@@ -114,7 +114,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, pulse: Pulse) -> Progress:
         origin.model_config.to_dict(), config.data.num_crops, origin.model_dir, origin.tokenizer_dir
     )
     about = _about(config, fingerprint, mesh, engine)
-    tracker = Tracker(config, run_dir, progress.step, about) if mesh.is_main else None
+    tracker = Tracker(config, run_dir, progress.step, about, progress.rows) if mesh.is_main else None
     saved = progress.step if owed.metrics is None else 0  # again, for it may turn out to be the best
     saver = Saver(
         engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, saved

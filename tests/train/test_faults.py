@@ -19,8 +19,13 @@ import yaml
 
 from phi3v_dist import checkpoint
 from phi3v_dist.config import load_config
+from phi3v_dist.data.plan import MicroRow
+from phi3v_dist.data.prepare import prepare_data
 from phi3v_dist.debug import Place, describe, replay, row_loss
 from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
+from phi3v_dist.origin import model_config_of
+from phi3v_dist.processor.tokenizer import load_tokenizer
+from shards.format import BadInputError
 from tests.conftest import tiny_tree
 from tests.train.ranks import finish, logged
 from tests.waiting import wait_for
@@ -209,6 +214,28 @@ def test_a_file_stop_and_a_signal_before_the_first_step(tiny_config: Path) -> No
     code, output = job.run(1, "none:9")
     assert code == PREEMPTED and "stopped before the first step" in output
     assert not (job.run_dir / "STOP").exists() and not (job.run_dir / "checkpoints").exists()
+
+
+def test_a_row_of_a_prolonged_run_is_found_again(tiny_config: Path) -> None:
+    """A part of an epoch ends with a short step, behind which the rows of the whole one go on."""
+    job = Job(tiny_config)
+    whole = ("train.steps=null", "train.epochs=1", "data.shuffle=false")
+    assert job.run(1, "none:9", *whole[:1], "train.epochs=0.3", *whole[2:])[0] == DONE
+    short = checkpoint.newest(job.run_dir / "checkpoints")
+    assert short is not None
+    progress = checkpoint.read_meta(short)["progress"]
+    assert progress["rows"] % 4, "the last step is a short one"
+    assert job.run(1, "none:9", *whole)[0] == DONE
+    config = load_config(job.run_dir / "config.yaml")
+    keys = [replay(config, Place(progress["step"], 0, micro, 1)).keys for micro in range(4)]
+    plan = prepare_data(
+        config, load_tokenizer(job.run_dir / "tokenizer"), model_config_of(config).tile,
+        job.run_dir / "plan", writer=False,
+    )  # fmt: skip
+    rows = plan.plan.step(progress["rows"]).rows
+    assert sorted(keys) == sorted(tuple(plan.maker.keys(MicroRow(row, 1))) for row in rows)
+    with pytest.raises(BadInputError, match="the run ends before step 99"):
+        replay(config, Place(99, 0, 0, 1))
 
 
 def test_ranks_that_are_not_alike_are_refused_by_name(tiny_config: Path) -> None:
