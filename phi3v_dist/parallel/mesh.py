@@ -89,14 +89,14 @@ class Mesh:
 
     def on_main(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on the main rank, on every rank. A BadInputError there is raised on every
-        rank.
+        rank, and so is a file that cannot be read or written.
         """
         box: list[Any] = [None, None]
         if self.is_main:
             try:
                 box = [work(), None]
-            except BadInputError as error:
-                box = [None, str(error)]
+            except (BadInputError, OSError) as error:
+                box = [None, _said(error)]
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise BadInputError(box[1])
@@ -104,18 +104,28 @@ class Mesh:
         return result
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on this rank, once it has ended on all. A BadInputError on any rank is raised
-        on every rank, with the rank and its host. `work` must not wait for other ranks.
+        """What `work` returns on this rank, once it has ended on all. A BadInputError on any rank, or a file
+        that cannot be read or written there, is raised on every rank, with the rank and its host. `work` must
+        not wait for other ranks.
         """
         results, fault = [], None
         try:
             results.append(work())
-        except BadInputError as error:
-            fault = f"{'' if self.is_main else f'rank {self.rank} ({socket.gethostname()}): '}{error}"
+        except (BadInputError, OSError) as error:
+            fault = f"{'' if self.is_main else f'rank {self.rank} ({socket.gethostname()}): '}{_said(error)}"
         for each in self.gather(fault):
             if each is not None:
                 raise BadInputError(each)
         return results[0]
+
+
+def _said(error: BadInputError | OSError) -> str:
+    """The line for the user. Raises what is no matter of a file."""
+    if isinstance(error, BadInputError):
+        return str(error)
+    if error.filename is None:
+        raise error
+    return f"{error.filename}: {error.strerror}; mend the storage, then the same command goes on"
 
 
 def sequence_group(rank: int, size: int, sp: int) -> SequenceGroup | None:

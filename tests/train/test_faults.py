@@ -252,6 +252,14 @@ def test_what_one_rank_alone_cannot_use_is_said_by_all(tiny_config: Path) -> Non
     assert f"phi3v: rank 1 ({socket.gethostname()}): {elsewhere}" in output
 
 
+def test_storage_that_fails_before_the_first_step_is_one_line(tiny_config: Path) -> None:
+    job = Job(tiny_config)
+    job.run_dir.mkdir(parents=True)
+    (job.run_dir / "plan").write_text("a file, where no directory can be made")
+    code, output = job.run(2, "none:9")
+    assert code == USAGE and f"phi3v: {job.run_dir / 'plan'}: File exists; mend the storage" in output
+
+
 def test_an_evaluation_that_fails_costs_the_run_nothing_else(tiny_config: Path) -> None:
     job = Job(tiny_config)
     answering = ("eval.loss_samples=1", "eval.generate_samples=3", "eval.every_steps=1")
