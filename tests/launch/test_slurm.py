@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,33 @@ def test_the_health_check_of_the_sample_finds_one_sick_gpu(
     nvidia_smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert command_fault(command) == said
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "inside"),
+    [
+        ("shards.sh", ["t.csv", "--out", "d"], "phi3v shards build t.csv --out d"),
+        ("shards.sh", ["--close", "d"], "phi3v shards verify d"),
+        ("evaluate.sh", ["runs/x", "d"], "phi3v evaluate runs/x d"),
+    ],
+)
+def test_the_other_scripts_run_in_the_container_too(
+    tmp_path: Path, script: str, words: list[str], inside: str
+) -> None:
+    for name in ("apptainer", "srun"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    for container, begins in (("x.sif", "apptainer exec "), ("hub/image:1", "srun --ntasks=1 ")):
+        done = subprocess.run(
+            ["bash", str(TRAIN_SH.parent / script), *words],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "PHI3V_CONTAINER": container, "PHI3V_MOUNTS": "/data"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.startswith(begins) and done.stdout.endswith(f"{inside}\n"), done.stdout
+        assert container in done.stdout and "/data" in done.stdout
 
 
 def test_a_health_check_that_hangs_is_a_fault() -> None:
