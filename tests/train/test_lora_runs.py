@@ -12,8 +12,8 @@ from phi3v_dist.config import load_config
 from phi3v_dist.export import export, export_adapter, verify
 from phi3v_dist.restore import find_source, restore
 from shards.format import BadInputError
-from tests.train.ranks import run_ranks
-from tests.train.test_train import metrics, plain_losses
+from tests.train.ranks import logged, run_ranks
+from tests.train.test_train import plain_losses
 
 LORA = ["model.freeze=[vision]", "model.lora.parts=[decoder,projector]", "model.lora.rank=4", "train.lr=1e-2"]
 
@@ -33,7 +33,7 @@ def test_adapters_learn_on_two_ranks_as_in_plain_torch(tiny_config: Path) -> Non
     run_dir = load_config(config).run_dir
     run_ranks(config, 2)
     init = find_source(run_dir / "init")
-    losses = metrics(run_dir, "train/loss")
+    losses = logged(run_dir, "train/loss")
     assert list(losses.values()) == pytest.approx(plain_losses(config, run_dir / "init"), rel=2e-5)
     last = run_dir / "checkpoints/step-000006"
     source = find_source(run_dir)
@@ -83,7 +83,7 @@ def test_adapters_beside_parts_that_learn_in_full(tiny_config: Path) -> None:
     )
     run_dir = load_config(config).run_dir
     run_ranks(config, 2)
-    assert list(metrics(run_dir, "train/loss").values()) == pytest.approx(
+    assert list(logged(run_dir, "train/loss").values()) == pytest.approx(
         plain_losses(config, run_dir / "init"), rel=2e-5
     )
     with pytest.raises(BadInputError, match="weights have learnt in full beside the adapters"):

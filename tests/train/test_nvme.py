@@ -15,8 +15,8 @@ import torch
 from phi3v_dist import checkpoint
 from phi3v_dist.config import load_config
 from phi3v_dist.parallel.swapped import swap_dir
-from tests.train.ranks import run_ranks
-from tests.train.test_train import metrics, weights
+from tests.train.ranks import logged, run_ranks
+from tests.train.test_train import weights
 
 
 def test_runs_on_one_node_have_folders_of_their_own(tiny_config: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_optimizer_in_files_is_the_one_in_memory(tiny_config: Path, tmp_path
                 (locked / "lock").touch()
             run_ranks(tiny_config, 2, *options, "train.steps=6", limit=300)
         assert (max(sizes, default=0) >= 2**20) == (where == "nvme"), "swapped where it should not be, or not"
-        found[where] = (metrics(run_dir, "train/loss"), weights(run_dir / "checkpoints/step-000006"))
+        found[where] = (logged(run_dir, "train/loss"), weights(run_dir / "checkpoints/step-000006"))
     assert [each.name for each in disk.iterdir()] == ["extensions"], "files of the optimizer are left"
     assert found["cpu"][0] == found["nvme"][0] and len(found["cpu"][0]) == 6
     ours, theirs = found["nvme"][1], found["cpu"][1]
