@@ -349,10 +349,11 @@ def _commit(name: str, revision: str | None) -> str | None:
     return HfApi().dataset_info(name, revision=revision).sha
 
 
-def _files_digest(folder: Path) -> str:
-    """Of the names and sizes of what lies in a local data set."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    listed = [(str(file.relative_to(folder)), file.stat().st_size) for file in files]
+def _files_digest(place: Path) -> str:
+    """Of the names and sizes of what lies in a local data set, a directory or a file."""
+    found = [place] if place.is_file() else place.rglob("*")
+    files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
+    listed = [(str(file.relative_to(place)), file.stat().st_size) for file in files]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
