@@ -7,6 +7,8 @@ must be quick, so it reads names of files and of keys, no file.
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,9 @@ _ENDINGS = (".yaml", ".yml")
 
 
 def offer_configs(incomplete: str) -> list[str]:
-    """YAML files and folders that begin with what is typed, here or among the installed recipes."""
+    """YAML files and folders that begin with what is typed, here or among the installed recipes. For a folder
+    alone what is in it: behind a word that is the only one the shell would put a space.
+    """
     folder, slash, start = incomplete.rpartition("/")
     offered = set()
     for root in (Path(), SHIPPED):
@@ -28,23 +32,33 @@ def offer_configs(incomplete: str) -> list[str]:
                 hidden = each.name.startswith(".") and not start
                 if each.name.startswith(start) and not hidden and (each.is_dir() or each.suffix in _ENDINGS):
                     offered.add(f"{folder}{slash}{each.name}{'/' if each.is_dir() else ''}")
-    return sorted(offered)
+    (only,) = offered if len(offered) == 1 else ("",)
+    return offer_configs(only) if only.endswith("/") and only != incomplete else sorted(offered)
 
 
 def offer_keys(incomplete: str) -> list[str]:
-    """Dotted keys of a run's configuration, with their `=`."""
+    """Dotted keys of a run's configuration, with their `=`; one alone also with a plain default, so that the
+    shell puts no space behind it.
+    """
     if "=" in incomplete:
         return []
     from pydantic import BaseModel
 
     from phi3v_dist.config import RunConfig, section_of
 
-    def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
         for name, field in section.model_fields.items():
             dotted, inner = f"{prefix}{field.alias or name}", section_of(field.annotation)
-            yield from [f"{dotted}="] if inner is None else keys(inner, f"{dotted}.")
+            if inner is None:
+                default = "" if field.is_required() else json.dumps(field.default, separators=(",", ":"))
+                yield f"{dotted}=", default.strip('"')
+            else:
+                yield from keys(inner, f"{dotted}.")
 
-    return [key for key in keys(RunConfig) if key.startswith(incomplete)]
+    found = [each for each in keys(RunConfig) if each[0].startswith(incomplete)]
+    alone = found if len(found) == 1 else []
+    plain = [f"{key}{default}" for key, default in alone if re.fullmatch(r"[\w./+-]+", default)]
+    return [key for key, _ in found] + plain
 
 
 Config = Annotated[

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_recipes_and_folders_are_offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    assert offer_configs("con") == ["configs/"]
+    assert offer_configs("con") == offer_configs("configs/"), "behind one word the shell puts a space"
     assert "configs/tiny.yaml" in offer_configs("configs/") and "configs/shards/" in offer_configs("configs/")
     assert offer_configs("configs/ti") == ["configs/tiny.yaml"]
     assert offer_configs(f"{ROOT}/configs/ti") == [f"{ROOT}/configs/tiny.yaml"]
@@ -28,6 +28,8 @@ def test_recipes_and_folders_are_offered(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_keys_are_offered_until_their_equals_sign() -> None:
     assert offer_keys("train.l") == ["train.lr=", "train.lr_scale="]
     assert "model.lora.rank=" in offer_keys("model.lora.") and "checkpoint.async=" in offer_keys("check")
+    assert offer_keys("train.warm") == ["train.warmup_steps=", "train.warmup_steps=0"]
+    assert offer_keys("eval.metr") == ["eval.metrics="], "brackets and quotes are the shell's own"
     assert offer_keys("train.lr=") == [] and "data.sources=" in offer_keys("data.s")
 
 
@@ -42,4 +44,7 @@ def test_bash_gets_them() -> None:
 
     assert ask("phi3v", "shards", "b") == ["build"]
     assert ask("phi3v", "launch", "local", "configs/ti") == ["configs/tiny.yaml"]
-    assert ask("phi3v", "train", "configs/tiny.yaml", "train.war") == ["train.warmup_steps="]
+    assert ask("phi3v", "train", "configs/tiny.yaml", "train.war") == [
+        "train.warmup_steps=",
+        "train.warmup_steps=0",
+    ]
