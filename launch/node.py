@@ -47,7 +47,7 @@ def run_node(
     seen here.
 
     environment: added to this process's own. grace_s: seconds from the first stop signal (SIGUSR1, SIGTERM,
-    SIGINT) to the hard end; a second SIGINT or SIGTERM ends the ranks at once. Leaves no process behind.
+    SIGINT) to the hard end; a second SIGINT ends the ranks at once. Leaves no process behind.
     """
     started = time.time()
     signals: list[int] = []
@@ -70,7 +70,8 @@ def run_node(
     )
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        again = signum != signal.SIGUSR1 and any(each != signal.SIGUSR1 for each in signals)
+        # Not so a second SIGTERM: of the steps of a job that it ends, Slurm signals some twice.
+        again = signum == signal.SIGINT and signal.SIGINT in signals
         signals.append(signum)
         if again:
             _kill_tree(agent.pid)

@@ -74,6 +74,9 @@ class NodeTask:
                 print(f"phi3v: {node} is not healthy: {'; '.join(faults)}", file=sys.stderr, flush=True)
                 return _ended(UNHEALTHY) if restarts >= self.max_requeues else _requeue(environment, node)
             code = run_cluster_node(self.config, self.overrides, environment)
+            if code == PREEMPTED and cancelled(environment):
+                print("phi3v: cancelled; submit the same command to go on", file=sys.stderr, flush=True)
+                return _ended(code)
         except BadInputError as error:
             print(f"phi3v: {error}", file=sys.stderr, flush=True)
             return _ended(USAGE)
@@ -124,6 +127,23 @@ def own_job(environment: Mapping[str, str]) -> str:
     """
     array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environment["SLURM_JOB_ID"]
+
+
+def cancelled(environment: Mapping[str, str]) -> bool:
+    """Whether this job was cancelled. Slurm calls a job that it ends COMPLETING, whatever it ends it for, and
+    would requeue even one that was cancelled; what else ends jobs leaves a trace in `scontrol show job`.
+    """
+    shown = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner", own_job(environment)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    fields = dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
+    restarted = fields.get("Restarts") != environment.get("SLURM_RESTART_COUNT", "0")
+    ended_by_slurm = restarted or fields.get("Reason") != "None" or fields.get("PreemptTime", "None") != "None"
+    state = fields.get("JobState")
+    return state == "CANCELLED" or (state == "COMPLETING" and not ended_by_slurm)
 
 
 def head_address(environment: Mapping[str, str]) -> str:

@@ -8,7 +8,8 @@
 #
 # Before the time limit, on preemption and on `scontrol requeue` the ranks finish their step, write a checkpoint and
 # exit 3; the job then puts itself back into the queue and goes on from there, in the same run directory and the
-# same W&B run. Exit codes: 0 done, 2 wrong input, 3 stopped (requeue limit reached), 4 diverged, 5 nodes that are not
+# same W&B run. `scancel` ends it: the ranks write a checkpoint, and the same command, submitted again, goes on from it.
+# Exit codes: 0 done, 2 wrong input, 3 stopped (cancelled, or requeue limit reached), 4 diverged, 5 nodes that are not
 # healthy (requeue limit reached), others a crash.
 
 #SBATCH --job-name=phi3v
@@ -71,8 +72,19 @@ if [[ -n "${SLURM_CPUS_PER_TASK:-}" ]]; then export SRUN_CPUS_PER_TASK="$SLURM_C
 restarts="${SLURM_RESTART_COUNT:-0}"
 echo "job $SLURM_JOB_ID, start $((restarts + 1)): $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST, rendezvous on $PHI3V_HEAD"
 
+# Whether the job was cancelled. Slurm calls a job that it ends COMPLETING, whatever it ends it for, and would requeue
+# even one that was cancelled; what else ends jobs leaves a trace: a requeue counts, time limits are a reason.
+cancelled() {
+    local shown
+    shown="$(scontrol show job --oneliner "$job")" || return 1
+    [[ "$shown" == *" JobState=CANCELLED "* ]] && return
+    [[ "$shown" == *" JobState=COMPLETING Reason=None "* && "$shown" == *" Restarts=$restarts "* \
+        && "$shown" != *" PreemptTime="[0-9]* ]]
+}
+
 # Back into the queue, at most PHI3V_MAX_REQUEUES times. $1: exit code if that is over. $2: nodes to avoid from now on.
 requeue() {
+    if cancelled; then die "$1" "cancelled; submit the same command to go on"; fi
     if ((restarts >= ${PHI3V_MAX_REQUEUES:-50})); then
         die "$1" "requeued $restarts times, the most that PHI3V_MAX_REQUEUES allows; submit again to go on"
     fi

@@ -83,6 +83,17 @@ def test_stop_signal_reaches_every_rank_and_gives_three(run_dir: Path, stop: sig
     assert (run_dir / "checkpoint-0").exists() and gone(pids)
 
 
+def test_a_stop_signal_sent_more_than_once_leaves_the_time_for_a_checkpoint(run_dir: Path) -> None:
+    """Slurm signals the processes of a job that it ends, and so does its srun."""
+    launcher = start(run_dir, "work")
+    rank_pids(run_dir)
+    for _ in range(4):
+        launcher.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+    assert launcher.wait(30) == 3
+    assert {path.name for path in run_dir.glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-1"}
+
+
 def test_ranks_that_do_not_stop_are_ended_after_the_grace(run_dir: Path) -> None:
     launcher = start(run_dir, "deaf", grace_s=2)
     pids = rank_pids(run_dir)

@@ -118,6 +118,28 @@ def test_preemption_by_a_more_urgent_job_ends_in_a_checkpoint_and_the_queue(
     assert {first > 0 for *_, first in run.starts()[3:]} == {True}
 
 
+def test_a_cancelled_job_saves_and_stays_out_of_the_queue(cluster: SlurmCluster, make_run: MakeRun) -> None:
+    """While Slurm ends it for that or for a requeue it says the same of it, and it would requeue either."""
+    run = make_run(100_000)
+    job = run.submit("--nodes=2", "--gpus-per-node=1")
+    run.wait_for_ranks(job, 2)
+    cluster.run("scancel", str(job))
+    wait_for(lambda: cluster.state(job) in ("CANCELLED", "PENDING"), 40, "the end", cluster.logs)
+    assert cluster.state(job) == "CANCELLED" and not cluster.run("squeue", "--noheader")
+    assert list((run.run_dir / "checkpoints").iterdir())
+    assert "cancelled; submit the same command to go on" in cluster.output(job)
+
+
+def test_a_job_that_saves_only_after_its_time_limit_comes_back(
+    cluster: SlurmCluster, make_run: MakeRun
+) -> None:
+    run = make_run(100_000)
+    job = run.submit("--gpus-per-node=1", "--time=1", "--signal=URG@1")
+    run.wait_for_ranks(job, 1)
+    cluster.wait_for_state(job, "PENDING", 150)
+    assert list((run.run_dir / "checkpoints").iterdir()) and cluster.job(job)["Restarts"] == "1"
+
+
 def test_signal_before_the_time_limit_checkpoints_and_requeues_up_to_the_limit(
     cluster: SlurmCluster, make_run: MakeRun
 ) -> None:
