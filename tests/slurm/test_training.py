@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from phi3v_dist.wandb_file import last_step
 from tests.slurm.slurm_cluster import SlurmCluster
 from tests.waiting import wait_for
 
@@ -159,6 +161,39 @@ def test_one_run_of_a_sweep_is_stopped_and_goes_on_alone(
     starts = [len((run / "starts.jsonl").read_text().splitlines()) for run in runs]
     assert starts == [2 if number == task else 1 for number in (0, 1)]
     assert [steps(run)[-1] for run in runs] == [40, 40]
+
+
+def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
+    cluster: SlurmCluster, submit_dir: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    """Slurm's SIGTERM reaches every process of the run, W&B's and the data workers' too."""
+    run_dir = tmp_path / "runs" / "tiny"
+    size = ["--nodes=2", "--gpus-per-node=1", "--minutes=30", "--wait"]
+    settings = ["train.steps=40", "eval.generate_samples=0", "track.mode=offline"]
+    command = [str(PHI3V), "launch", "slurm", str(tiny_config), *settings, *size]
+    file = tmp_path / "launcher.log"
+    with file.open("w") as log:
+        launcher = subprocess.Popen(command, env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log)
+    explain = lambda: file.read_text() + cluster.logs()  # noqa: E731
+    try:
+        wait_for(lambda: len(steps(run_dir)) >= 4 or launcher.poll() is not None, 120, "some steps", explain)
+        job = int(cluster.run("squeue", "--noheader", "--format=%A").split()[0])
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(30) == 128 + signal.SIGINT and f"cancelled: job {job}" in file.read_text()
+    finally:
+        launcher.kill()
+    wait_for(lambda: cluster.state(job) in ("CANCELLED", "PENDING"), 60, "the end", explain)
+    assert cluster.state(job) == "CANCELLED" and not cluster.run("squeue", "--noheader")
+    stopped_at = steps(run_dir)[-1]
+    assert (run_dir / "checkpoints" / f"step-{stopped_at:06d}" / "COMPLETE").exists()
+    said = "".join(each.read_text() for each in (run_dir / "slurm").glob(f"{job}_*_log.out"))
+    assert "phi3v: cancelled; submit the same command to go on" in said
+    again = subprocess.run(
+        command, env=cluster.environment, cwd=submit_dir, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert steps(run_dir) == list(range(1, 41)) and len(wandb_ids(run_dir)) == 1
+    assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == 40
 
 
 def test_a_run_that_fails_is_a_failed_job(
