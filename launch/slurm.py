@@ -140,10 +140,11 @@ def cancelled(environment: Mapping[str, str]) -> bool:
         check=False,
     )
     fields = dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
-    restarted = fields.get("Restarts") != environment.get("SLURM_RESTART_COUNT", "0")
-    ended_by_slurm = restarted or fields.get("Reason") != "None" or fields.get("PreemptTime", "None") != "None"
+    requeued = fields.get("Restarts") != environment.get("SLURM_RESTART_COUNT", "0")
+    preempted = fields.get("PreemptTime", "None") != "None"
+    other = requeued or preempted or fields.get("Reason") != "None"
     state = fields.get("JobState")
-    return state == "CANCELLED" or (state == "COMPLETING" and not ended_by_slurm)
+    return state == "CANCELLED" or (state == "COMPLETING" and not other)
 
 
 def head_address(environment: Mapping[str, str]) -> str:

@@ -66,7 +66,7 @@ class SlurmCluster:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        # The ranks of several jobs share the machine's few cores: threads that wait for each other would spin.
+        # The ranks of several jobs share few cores: threads that wait for each other would spin.
         own = {"SLURM_CONF": str(directory / "slurm.conf"), "OMP_NUM_THREADS": "1"}
         self.environment = {**os.environ, **own}
         # What the shell that runs the tests has set must not decide what they prove.
