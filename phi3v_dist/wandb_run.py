@@ -1,10 +1,10 @@
 """The W&B run of a training run: a thread that follows RUN/metrics.jsonl and says the same to W&B.
 
 In: the run directory. Out: a W&B run, one over all starts of the training run, with every step once. The
-training loop never waits for it: a slow W&B falls behind and catches up from the file, a dead one is left
-alone with one warning, and what it has missed is sent by the next start or by `phi3v report --sync`. wandb is
-imported here and nowhere else, in the thread. Called by the tracker and
-`phi3v report --sync`.
+training loop never waits for it: a slow W&B falls behind and catches up from the file, one that dies is
+started again (Slurm's SIGTERM ends its service first), and what it has missed at the end is sent by the next
+start or by `phi3v report --sync`. wandb is imported here and nowhere else, in the thread. Called by the
+tracker and `phi3v report --sync`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from shards.format import BadInputError
 
 FOLDER = "wandb"
 _POLL_S = 1.0
+_RESTARTS, _PAUSE_S = 5, 30.0
 _INIT_TIMEOUT_S = 60.0
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Mirror:
     def __init__(self, config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any]) -> None:
         self._config, self._run_dir, self._mode, self._about = config, run_dir, mode, about
         self._wake, self._closing = threading.Event(), threading.Event()
+        self._left = False
         self._exit_code = 0
         self._best_sent = _pointer(run_dir, checkpoint.BEST)
         self.preempting = False
@@ -64,33 +66,48 @@ class Mirror:
                 "`phi3v report %s --sync` sends it",
                 self.sent, self._config.track.close_timeout_s, self._run_dir, self._run_dir,
             )  # fmt: skip
+            self._left = True
             _end_service()
 
     def _follow(self) -> None:
-        try:
-            run = start_run(self._config, self._run_dir, self._mode, self._about)
-            self.sent = recorded_step(self._run_dir, run)
-            place = 0
-            while True:
-                closing = self._closing.is_set()  # asked before reading: then the last line is among them
-                lines, place = _new_lines(self._run_dir / METRICS, place)
-                for line in lines:
-                    if line[STEP] > self.sent:
-                        run.log(line | _table(self._run_dir, line))
-                        self.sent = line[STEP]
-                self._send_best(run)
-                if closing:
-                    break
-                self._wake.wait(_POLL_S)
-                self._wake.clear()
-            self._end(run)
-        except Exception as error:  # whatever W&B raises must not stop training
-            first = next(iter(str(error).splitlines()), "")
-            _log.warning(
-                "W&B failed (%s: %s); going on without it, the metrics are in %s",
-                type(error).__name__, first, self._run_dir,
-            )  # fmt: skip
-            _end_service()
+        for restarts in range(_RESTARTS + 1):
+            run = None
+            try:
+                run = start_run(self._config, self._run_dir, self._mode, self._about)
+                self._send(run)
+                return
+            except Exception as error:  # whatever W&B raises must not stop training
+                if self._left:
+                    return
+                again = run is not None and restarts < _RESTARTS
+                first = next(iter(str(error).splitlines()), "")
+                _log.warning(
+                    "W&B failed (%s: %s); %s, the metrics are in %s",
+                    type(error).__name__, first,
+                    "starting it again" if again else "going on without it", self._run_dir,
+                )  # fmt: skip
+                _end_service()
+                if not again:
+                    return
+            self._closing.wait(_PAUSE_S)
+
+    def _send(self, run: Any) -> None:
+        """What W&B does not have yet, and what comes, to the end of this process's part of the run."""
+        self.sent = recorded_step(self._run_dir, run)
+        place = 0
+        while True:
+            closing = self._closing.is_set()  # asked before reading: then the last line is among them
+            lines, place = _new_lines(self._run_dir / METRICS, place)
+            for line in lines:
+                if line[STEP] > self.sent:
+                    run.log(line | _table(self._run_dir, line))
+                    self.sent = line[STEP]
+            self._send_best(run)
+            if closing:
+                break
+            self._wake.wait(_POLL_S)
+            self._wake.clear()
+        self._end(run)
 
     def _end(self, run: Any) -> None:
         last = checkpoint.pointed(self._run_dir / CHECKPOINTS, checkpoint.LATEST)
