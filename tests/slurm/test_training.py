@@ -169,11 +169,14 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
     """Slurm's SIGTERM reaches every process of the run, W&B's and the data workers' too."""
     run_dir = tmp_path / "runs" / "tiny"
     size = ["--nodes=2", "--gpus-per-node=1", "--minutes=30", "--wait"]
-    settings = ["train.steps=40", "eval.generate_samples=0", "track.mode=offline"]
+    settings = ["train.steps=80", "eval.generate_samples=0", "track.mode=offline"]
     command = [str(PHI3V), "launch", "slurm", str(tiny_config), *settings, *size]
     file = tmp_path / "launcher.log"
     with file.open("w") as log:
-        launcher = subprocess.Popen(command, env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log)
+        launcher = subprocess.Popen(
+            ["env", "--default-signal=INT", *command],  # a shell's background jobs, such as CI, ignore it
+            env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log,
+        )  # fmt: skip
     explain = lambda: file.read_text() + cluster.logs()  # noqa: E731
     try:
         wait_for(lambda: len(steps(run_dir)) >= 4 or launcher.poll() is not None, 120, "some steps", explain)
@@ -193,8 +196,8 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
         command, env=cluster.environment, cwd=submit_dir, capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 0, again.stdout + again.stderr
-    assert steps(run_dir) == list(range(1, 41)) and len(wandb_ids(run_dir)) == 1
-    assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == 40
+    assert steps(run_dir) == list(range(1, 81)) and len(wandb_ids(run_dir)) == 1
+    assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == 80
 
 
 def test_a_run_that_fails_is_a_failed_job(
