@@ -79,7 +79,8 @@ class Mirror:
             except Exception as error:  # whatever W&B raises must not stop training
                 if self._left:
                     return
-                again = run is not None and restarts < _RESTARTS
+                died = run is not None or isinstance(error, ConnectionError)  # else it cannot start here
+                again = died and restarts < _RESTARTS
                 first = next(iter(str(error).splitlines()), "")
                 _log.warning(
                     "W&B failed (%s: %s); %s, the metrics are in %s",

@@ -188,7 +188,6 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
     wait_for(lambda: cluster.state(job) in ("CANCELLED", "PENDING"), 60, "the end", explain)
     assert cluster.state(job) == "CANCELLED" and not cluster.run("squeue", "--noheader")
     stopped_at = steps(run_dir)[-1]
-    assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == stopped_at
     assert (run_dir / "checkpoints" / f"step-{stopped_at:06d}" / "COMPLETE").exists()
     said = "".join(each.read_text() for each in (run_dir / "slurm").glob(f"{job}_*_log.out"))
     assert "phi3v: cancelled; submit the same command to go on" in said

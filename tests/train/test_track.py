@@ -133,6 +133,25 @@ def test_a_killed_wandb_stops_nothing_and_misses_nothing(
     assert [items["train/global_step"] for items in recorded(run_dir, 29)] == list(range(1, 30))
 
 
+def test_a_wandb_that_dies_as_it_starts_is_started_again(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    init, failures = wandb.init, [ConnectionResetError("Connection lost")]
+
+    def fails_once(**settings: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return init(**settings)
+
+    monkeypatch.setattr(wandb, "init", fails_once)
+    tracker = Tracker(config(run_dir, "offline"), run_dir, 0, {})
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.close(3)
+    assert not failures and [items["train/global_step"] for items in recorded(run_dir, 1)] == [1]
+
+
 SLOW = """
 import time
 from types import SimpleNamespace
