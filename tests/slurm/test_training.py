@@ -15,7 +15,7 @@ from phi3v_dist.wandb_file import last_step
 from tests.slurm.slurm_cluster import SlurmCluster
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = str(REPOSITORY / "slurm" / "train.sh")
@@ -64,7 +64,7 @@ def test_two_nodes_of_two_train_are_stopped_and_finish_as_one_run(
     stopped_at = steps(run_dir)[-1]
     assert 4 <= stopped_at < 40
     cluster.resume(job)
-    cluster.wait_for_state(job, "COMPLETED", 120)
+    cluster.wait_for_state(job, "COMPLETED", 240)
     assert steps(run_dir) == list(range(1, 41)), "every step once"
     assert len(wandb_ids(run_dir)) == 1, "the same W&B run before and after"
     log = cluster.output(job)
@@ -94,7 +94,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_finishes(
     try:
         wait_for(lambda: cluster.job(job)["Restarts"] == "1", 90, "requeue", lambda: cluster.output(job))
         cluster.resume(job)
-        cluster.wait_for_state(job, "COMPLETED", 150)
+        cluster.wait_for_state(job, "COMPLETED", 240)
         again = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
         assert victim not in again and len(again) == 2
     finally:
@@ -127,7 +127,7 @@ def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
         cluster.wait_for_state(urgent, "COMPLETED", 90)
         assert 4 <= steps(run_dir)[-1] < 60
         cluster.resume(job)
-        assert launcher.wait(120) == 0, explain()
+        assert launcher.wait(240) == 0, explain()
     finally:
         launcher.kill()
     assert steps(run_dir) == list(range(1, 61))
@@ -155,7 +155,7 @@ def test_one_run_of_a_sweep_is_stopped_and_goes_on_alone(
         cluster.run("scancel", "--signal=USR1", f"{array}_{task}")
         cluster.wait_for_state(f"{array}_{task}", "PENDING", 60)
         cluster.resume(f"{array}_{task}")
-        assert launcher.wait(150) == 0, explain()
+        assert launcher.wait(240) == 0, explain()
     finally:
         launcher.kill()
     starts = [len((run / "starts.jsonl").read_text().splitlines()) for run in runs]
@@ -192,7 +192,7 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
     said = "".join(each.read_text() for each in (run_dir / "slurm").glob(f"{job}_*_log.out"))
     assert "phi3v: cancelled; submit the same command to go on" in said
     again = subprocess.run(
-        command, env=cluster.environment, cwd=submit_dir, capture_output=True, text=True, timeout=120
+        command, env=cluster.environment, cwd=submit_dir, capture_output=True, text=True, timeout=240
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert steps(run_dir) == list(range(1, 81)) and len(wandb_ids(run_dir)) == 1
