@@ -67,36 +67,41 @@ class NodeTask:
         """Runs this node's ranks; returns their exit code. Stopped ranks put the job back into the queue."""
         environment = dict(os.environ)
         environment["PHI3V_HEAD"] = head_address(environment)
-        restarts = int(environment.get("SLURM_RESTART_COUNT", "0"))
         try:
             if faults := health.faults_here(load_config(self.config, self.overrides), environment):
                 node = health.node_name(environment)
                 print(f"phi3v: {node} is not healthy: {'; '.join(faults)}", file=sys.stderr, flush=True)
-                return _ended(UNHEALTHY) if restarts >= self.max_requeues else _requeue(environment, node)
+                return self._again(UNHEALTHY, environment, node)
             code = run_cluster_node(self.config, self.overrides, environment)
-            if code == PREEMPTED and cancelled(environment):
-                print("phi3v: cancelled; submit the same command to go on", file=sys.stderr, flush=True)
-                return _ended(code)
         except BadInputError as error:
             print(f"phi3v: {error}", file=sys.stderr, flush=True)
             return _ended(USAGE)
-        if code != PREEMPTED or restarts >= self.max_requeues:
+        return self._again(code, environment) if code == PREEMPTED else _ended(code)
+
+    def _again(self, code: int, environment: Mapping[str, str], avoid: str = "") -> int:
+        """The job goes back into the queue, without the node `avoid`; if it was cancelled or has been back
+        often enough it ends with `code`.
+        """
+        if cancelled(environment):
+            print("phi3v: cancelled; submit the same command to go on", file=sys.stderr, flush=True)
             return _ended(code)
-        return _requeue(environment) if environment.get("SLURM_NODEID") == "0" else _wait_for_the_end()
+        if int(environment.get("SLURM_RESTART_COUNT", "0")) >= self.max_requeues:
+            return _ended(code)
+        if avoid or environment.get("SLURM_NODEID") == "0":
+            _requeue(environment, avoid)
+        return _wait_for_the_end()
 
 
-def _requeue(environment: Mapping[str, str], avoid: str = "") -> int:
-    """Puts the job back into the queue. avoid: a node that it shall not get any more."""
+def _requeue(environment: Mapping[str, str], avoid: str) -> None:
+    """Puts the job back into the queue. avoid: a node that it shall not get any more, "" for none."""
     job = own_job(environment)
     for each in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)  # Slurm ends this task now, and by force after KillWait
     subprocess.run(["scontrol", "requeue", job], check=True)
     if avoid:  # possible once the job is pending
-        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False)
-        found = re.search(r"ExcNodeList=(\S+)", shown.stdout)
-        known = "" if found is None or found[1] == "(null)" else f"{found[1]},"
-        subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={known}{avoid}"], check=False)
-    return _wait_for_the_end()
+        known = _shown(job).get("ExcNodeList", "(null)")
+        nodes = avoid if known == "(null)" else f"{known},{avoid}"
+        subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"], check=False)
 
 
 def _wait_for_the_end() -> int:
@@ -133,18 +138,18 @@ def cancelled(environment: Mapping[str, str]) -> bool:
     """Whether this job was cancelled. Slurm calls a job that it ends COMPLETING, whatever it ends it for, and
     would requeue even one that was cancelled; what else ends jobs leaves a trace in `scontrol show job`.
     """
-    shown = subprocess.run(
-        ["scontrol", "show", "job", "--oneliner", own_job(environment)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    fields = dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
+    fields = _shown(own_job(environment))
     requeued = fields.get("Restarts") != environment.get("SLURM_RESTART_COUNT", "0")
     preempted = fields.get("PreemptTime", "None") != "None"
     other = requeued or preempted or fields.get("Reason") != "None"
     state = fields.get("JobState")
     return state == "CANCELLED" or (state == "COMPLETING" and not other)
+
+
+def _shown(job: str) -> dict[str, str]:
+    """The fields of `scontrol show job`; none if the controller does not answer."""
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False)
+    return dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
 
 
 def head_address(environment: Mapping[str, str]) -> str:

@@ -16,6 +16,10 @@ import yaml
 from shards.build import BuildOptions, build
 from shards.sample import make_catalogue
 
+# Tests of several processes, and Slurm's beside them, share few cores: threads that wait for each other would
+# spin. What the tests start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(

@@ -177,7 +177,7 @@ def test_the_command_runs(command: str, workspace: Path) -> None:
     words = small(command)
     assert words[0] == "phi3v", f"{command!r} is neither of phi3v nor in ELSEWHERE"
     if words[1:3] == ["launch", "local"] or "--processes" in words:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PHI3V_CPU_PROCESSES": "1"}
+        environment = {**os.environ, "PHI3V_CPU_PROCESSES": "1"}
         started = [sys.executable, "-m", "launch.cli", *words[1:]]
         done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=170)
         assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

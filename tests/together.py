@@ -20,8 +20,6 @@ def main() -> int:
     """Runs both parts, shows one after the other; the exit status."""
     os.chdir(Path(__file__).parents[1])
     pytest = [sys.executable, "-m", "pytest", *sys.argv[1:]]
-    # Several tests, each of several processes, share few cores: threads that wait for each other would spin.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     workers = min(4, max(2, os.cpu_count() or 1))
     with tempfile.TemporaryFile() as said:
         slurm = subprocess.Popen([*pytest, SLURM], stdout=said, stderr=subprocess.STDOUT)

@@ -36,7 +36,6 @@ def start(tmp_path: Path) -> subprocess.Popen[str]:
         text=True,
         cwd=ROOT,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from launch.description import STOP_LEAD_S, JobDescription, job_name, rank_environment
 from launch.health import command_fault
-from launch.slurm import SlurmOptions, combinations, in_queue, launch_slurm, own_job
+from launch.slurm import SlurmOptions, cancelled, combinations, in_queue, launch_slurm, own_job
 from shards.format import BadInputError
 
 TRAIN_SH = Path(__file__).resolve().parents[2] / "slurm" / "train.sh"
@@ -88,6 +88,27 @@ def test_a_controller_that_does_not_answer_has_not_forgotten_the_job(
         squeue.write_text(f"#!/bin/sh\necho '{says}' >&2\nexit {code}\n")
         squeue.chmod(0o755)
         assert in_queue("7") is expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("JobState=COMPLETING Reason=None Restarts=1 PreemptTime=None", True),
+        ("JobState=CANCELLED Reason=None Restarts=1 PreemptTime=None", True),
+        ("JobState=COMPLETING Reason=None Restarts=2", False),  # requeued
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=1 PreemptTime=None", False),
+        ("JobState=COMPLETING Reason=None Restarts=1 PreemptTime=2026-11-25T21:36:10", False),
+        ("JobState=RUNNING Reason=None Restarts=1 PreemptTime=None", False),
+        ("", False),  # no answer
+    ],
+)
+def test_a_cancelled_job_is_told_from_the_others_that_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: str, expected: bool
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{shown}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    assert cancelled({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}) is expected
 
 
 @pytest.mark.parametrize(

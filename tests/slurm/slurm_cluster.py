@@ -66,9 +66,7 @@ class SlurmCluster:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        # The ranks of several jobs share few cores: threads that wait for each other would spin.
-        own = {"SLURM_CONF": str(directory / "slurm.conf"), "OMP_NUM_THREADS": "1"}
-        self.environment = {**os.environ, **own}
+        self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
         # What the shell that runs the tests has set must not decide what they prove.
         for name in [name for name in self.environment if name.startswith(("SBATCH_", "SRUN_", "PHI3V_"))]:
             del self.environment[name]

@@ -124,8 +124,8 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(cluster: SlurmCluster,
     job = run.submit("--nodes=2", "--gpus-per-node=1")
     run.wait_for_ranks(job, 2)
     cluster.run("scancel", str(job))
-    wait_for(lambda: cluster.state(job) in ("CANCELLED", "PENDING"), 40, "the end", cluster.logs)
-    assert cluster.state(job) == "CANCELLED" and not cluster.run("squeue", "--noheader")
+    assert cluster.wait_for_state(job, ("CANCELLED", "PENDING"), 40) == "CANCELLED"
+    assert not cluster.run("squeue", "--noheader")
     assert list((run.run_dir / "checkpoints").iterdir())
     assert "cancelled; submit the same command to go on" in cluster.output(job)
 

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,22 @@ def submit_dir(tmp_path: Path) -> Path:
     directory = tmp_path / "submitted from here"
     directory.mkdir()
     return directory
+
+
+@contextmanager
+def launched(
+    cluster: SlurmCluster, cwd: Path, arguments: list[str]
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], str]]]:
+    """`phi3v launch slurm ARGUMENTS --wait`, ended with the block; and what it has said so far."""
+    file = cwd.with_name("launcher.log")
+    # A shell's background jobs, as which CI may run the tests, ignore Ctrl-C.
+    command = ["env", "--default-signal=INT", str(PHI3V), "launch", "slurm", *arguments, "--wait"]
+    with file.open("w") as log:
+        launcher = subprocess.Popen(command, env=cluster.environment, cwd=cwd, stdout=log, stderr=log)
+    try:
+        yield launcher, file.read_text
+    finally:
+        launcher.kill()
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -109,15 +127,12 @@ def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
 ) -> None:
     runs = tmp_path / "runs with space"
     run_dir = runs / "tiny"
-    command = [
-        str(PHI3V), "launch", "slurm", str(tiny_config), "train.steps=60", f"runs_dir={runs}",
-        "eval.generate_samples=0", "--nodes=2", "--gpus-per-node=1", "--minutes=30",
-        "--sbatch=exclusive=user", "--wait",
+    arguments = [
+        str(tiny_config), "train.steps=60", f"runs_dir={runs}", "eval.generate_samples=0",
+        "--nodes=2", "--gpus-per-node=1", "--minutes=30", "--sbatch=exclusive=user",
     ]  # fmt: skip
-    with (tmp_path / "launcher.log").open("w") as log:
-        launcher = subprocess.Popen(command, env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log)
-    explain = lambda: (tmp_path / "launcher.log").read_text() + cluster.logs()  # noqa: E731
-    try:
+    with launched(cluster, submit_dir, arguments) as (launcher, said):
+        explain = lambda: said() + cluster.logs()  # noqa: E731
         wait_for(lambda: len(steps(run_dir)) >= 4 or launcher.poll() is not None, 120, "some steps", explain)
         assert launcher.poll() is None, explain()
         job = int(cluster.run("squeue", "--noheader", "--format=%A").split()[0])
@@ -128,26 +143,22 @@ def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
         assert 4 <= steps(run_dir)[-1] < 60
         cluster.resume(job)
         assert launcher.wait(240) == 0, explain()
-    finally:
-        launcher.kill()
     assert steps(run_dir) == list(range(1, 61))
     assert [path.name for path in (run_dir / "code").glob("*/launch/slurm.py")] == ["slurm.py"]
-    assert "going on from" in (tmp_path / "launcher.log").read_text()
+    assert "going on from" in said()
 
 
 def test_one_run_of_a_sweep_is_stopped_and_goes_on_alone(
     cluster: SlurmCluster, submit_dir: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
     """That of the two whose number is the whole array's."""
-    command = [
-        str(PHI3V), "launch", "slurm", str(tiny_config), "train.steps=40", "eval.generate_samples=0",
-        "--sweep", "train.lr=1e-3,2e-3", "--gpus-per-node=1", "--minutes=30", "--wait",
+    arguments = [
+        str(tiny_config), "train.steps=40", "eval.generate_samples=0",
+        "--sweep", "train.lr=1e-3,2e-3", "--gpus-per-node=1", "--minutes=30",
     ]  # fmt: skip
-    with (tmp_path / "launcher.log").open("w") as log:
-        launcher = subprocess.Popen(command, env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log)
-    explain = lambda: (tmp_path / "launcher.log").read_text() + cluster.logs()  # noqa: E731
     runs = [tmp_path / "runs" / f"tiny-{number}" for number in (0, 1)]
-    try:
+    with launched(cluster, submit_dir, arguments) as (launcher, said):
+        explain = lambda: said() + cluster.logs()  # noqa: E731
         wait_for(lambda: all(len(steps(run)) >= 3 for run in runs), 120, "some steps of both", explain)
         shown = cluster.run("squeue", "--noheader", "--format=%A %F %K")
         jobs = [tuple(map(int, line.split())) for line in shown.splitlines()]
@@ -156,8 +167,6 @@ def test_one_run_of_a_sweep_is_stopped_and_goes_on_alone(
         cluster.wait_for_state(f"{array}_{task}", "PENDING", 60)
         cluster.resume(f"{array}_{task}")
         assert launcher.wait(240) == 0, explain()
-    finally:
-        launcher.kill()
     starts = [len((run / "starts.jsonl").read_text().splitlines()) for run in runs]
     assert starts == [2 if number == task else 1 for number in (0, 1)]
     assert [steps(run)[-1] for run in runs] == [40, 40]
@@ -168,33 +177,24 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
 ) -> None:
     """Slurm's SIGTERM reaches every process of the run, W&B's and the data workers' too."""
     run_dir = tmp_path / "runs" / "tiny"
-    size = ["--nodes=2", "--gpus-per-node=1", "--minutes=30", "--wait"]
-    settings = ["train.steps=80", "eval.generate_samples=0", "track.mode=offline"]
-    command = [str(PHI3V), "launch", "slurm", str(tiny_config), *settings, *size]
-    file = tmp_path / "launcher.log"
-    with file.open("w") as log:
-        launcher = subprocess.Popen(
-            ["env", "--default-signal=INT", *command],  # a shell's background jobs, such as CI, ignore it
-            env=cluster.environment, cwd=submit_dir, stdout=log, stderr=log,
-        )  # fmt: skip
-    explain = lambda: file.read_text() + cluster.logs()  # noqa: E731
-    try:
+    arguments = [
+        str(tiny_config), "train.steps=80", "eval.generate_samples=0", "track.mode=offline",
+        "--nodes=2", "--gpus-per-node=1", "--minutes=30",
+    ]  # fmt: skip
+    with launched(cluster, submit_dir, arguments) as (launcher, said):
+        explain = lambda: said() + cluster.logs()  # noqa: E731
         wait_for(lambda: len(steps(run_dir)) >= 4 or launcher.poll() is not None, 120, "some steps", explain)
         job = int(cluster.run("squeue", "--noheader", "--format=%A").split()[0])
         launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(30) == 128 + signal.SIGINT and f"cancelled: job {job}" in file.read_text()
-    finally:
-        launcher.kill()
-    wait_for(lambda: cluster.state(job) in ("CANCELLED", "PENDING"), 60, "the end", explain)
-    assert cluster.state(job) == "CANCELLED" and not cluster.run("squeue", "--noheader")
+        assert launcher.wait(30) == 128 + signal.SIGINT and f"cancelled: job {job}" in said()
+    assert cluster.wait_for_state(job, ("CANCELLED", "PENDING"), 60) == "CANCELLED", said()
+    assert not cluster.run("squeue", "--noheader")
     stopped_at = steps(run_dir)[-1]
     assert (run_dir / "checkpoints" / f"step-{stopped_at:06d}" / "COMPLETE").exists()
-    said = "".join(each.read_text() for each in (run_dir / "slurm").glob(f"{job}_*_log.out"))
-    assert "phi3v: cancelled; submit the same command to go on" in said
-    again = subprocess.run(
-        command, env=cluster.environment, cwd=submit_dir, capture_output=True, text=True, timeout=240
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
+    logs = "".join(each.read_text() for each in (run_dir / "slurm").glob(f"{job}_*_log.out"))
+    assert "phi3v: cancelled; submit the same command to go on" in logs
+    with launched(cluster, submit_dir, arguments) as (launcher, said):
+        assert launcher.wait(240) == 0, said()
     assert steps(run_dir) == list(range(1, 81)) and len(wandb_ids(run_dir)) == 1
     assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == 80
 

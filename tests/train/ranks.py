@@ -23,7 +23,7 @@ def start(ranks: int, *rank_command: str, **environment: str) -> subprocess.Pope
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment},
+        env={**os.environ, "DS_ACCELERATOR": "cpu", **environment},
     )
 
 
