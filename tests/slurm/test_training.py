@@ -199,6 +199,30 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
     assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == 80
 
 
+def test_submitit_goes_on_without_a_node_that_is_not_healthy(
+    cluster: SlurmCluster,
+    submit_dir: Path,
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check = 'test "$SLURMD_NODENAME" != node1 || { echo broken link; false; }'
+    monkeypatch.setitem(cluster.environment, "PHI3V_HEALTH_CHECK", check)
+    size = ["--nodes=2", "--gpus-per-node=1", "--minutes=30"]
+    with launched(cluster, submit_dir, [str(tiny_config), "eval.generate_samples=0", *size]) as (
+        launcher,
+        said,
+    ):
+        explain = lambda: said() + cluster.logs()  # noqa: E731
+        wait_for(lambda: "broken link" in said() or launcher.poll() is not None, 60, "the fault", explain)
+        job = int(cluster.run("squeue", "--noheader", "--format=%A").split()[0])
+        wait_for(lambda: cluster.job(job)["ExcNodeList"] == "node1", 60, "node1 excluded", explain)
+        cluster.wait_for_state(job, "PENDING", 60)
+        cluster.resume(job)
+        assert launcher.wait(240) == 0, explain()
+    assert steps(tmp_path / "runs" / "tiny") == list(range(1, 7))
+
+
 def test_a_run_that_fails_is_a_failed_job(
     cluster: SlurmCluster, submit_dir: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
