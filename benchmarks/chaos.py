@@ -29,7 +29,7 @@ import torch
 import yaml
 
 from benchmarks.record import Comparison, report
-from phi3v_dist import checkpoint
+from phi3v_dist.checkpoint import read as checkpoint
 from shards.build import BuildOptions, build
 from shards.sample import make_catalogue
 
@@ -73,7 +73,7 @@ def tiny_run(work: Path) -> Path:
 
 def start(config: Path, name: str, ranks: int) -> subprocess.Popen[bytes]:
     """`phi3v launch local` of the run `name`; its output goes beside the config."""
-    command = [sys.executable, "-m", "launch.cli", "launch", "local", str(config)]
+    command = [sys.executable, "-m", "launch.cli.main", "launch", "local", str(config)]
     command += ["--processes", str(ranks), f"name={name}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with (config.parent / f"{name}.log").open("ab") as log:
@@ -130,7 +130,10 @@ def disturb(
         return kill(processes_of(config, name))
     ranks: list[psutil.Process] = []
     while not ranks and run.poll() is None and time.monotonic() - began < LIMIT_S:
-        ranks = sorted(processes_of(config, name, "launch.rank", "launch.agent"), key=lambda each: each.pid)
+        ranks = sorted(
+            processes_of(config, name, "launch.torchrun.rank", "launch.torchrun.agent"),
+            key=lambda each: each.pid,
+        )
         time.sleep(0.02)
     return kill([chance.choice(ranks)] if ranks else [])
 

@@ -20,15 +20,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from benchmarks.record import Comparison, report
-from phi3v_dist.checkpoint import Progress
+from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.save import ModelCard, Saver
+from phi3v_dist.checkpoint.state import MOMENTS
 from phi3v_dist.config import CheckpointConfig, load_config
+from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model
-from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import open_mesh
-from phi3v_dist.parallel.zero import make_engine, prepare_deepspeed, zero_config
-from phi3v_dist.saving import ModelCard, Saver
-from phi3v_dist.state import MOMENTS
+from phi3v_dist.train.optim import parameter_groups
 
 BAR = 0.2
 

@@ -30,23 +30,23 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
     """One rank; rank 0 prints the seconds of each round: ours, naive, batched."""
     import torch
 
-    from phi3v_dist.answers import answer_all
+    from phi3v_dist.checkpoint.restore import Restored, find_source, restore_partitioned
     from phi3v_dist.config import load_config
-    from phi3v_dist.origin import prepare_origin
+    from phi3v_dist.engine.gather import gather_weights
+    from phi3v_dist.engine.zero import prepare_deepspeed
+    from phi3v_dist.evaluation.generate import answer_all
+    from phi3v_dist.evaluation.prompts import Questions, read_split
     from phi3v_dist.parallel.mesh import open_mesh
-    from phi3v_dist.parallel.zero import prepare_deepspeed
-    from phi3v_dist.questions import Questions, read_split
-    from phi3v_dist.restore import Restored, find_source, restore_partitioned
-    from phi3v_dist.whole import gather_whole
+    from phi3v_dist.pretrained import prepare_pretrained
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     recipe = Path(__file__).resolve().parents[1] / "configs/tiny.yaml"
     config = load_config(recipe, [f"runs_dir={folder}", f"data.path={folder / 'shards'}"])
     with open_mesh(600) as mesh:
-        origin = prepare_origin(config, config.run_dir, mesh)
+        pretrained = prepare_pretrained(config, config.run_dir, mesh)
         prepare_deepspeed(mesh)
-        parts = restore_partitioned(find_source(origin.model_dir), mesh.device, torch.float32)
+        parts = restore_partitioned(find_source(pretrained.model_dir), mesh.device, torch.float32)
         questions = Questions(read_split([str(folder / "shards")], "train", samples))
         for turn in range(rounds + 1):
             seconds, answers = [], []
@@ -56,7 +56,7 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
                 restored = parts
                 if way == "whole":
                     engine = SimpleNamespace(module=parts.model)
-                    copy = gather_whole(engine, parts.config, torch.float32, mesh.device)
+                    copy = gather_weights(engine, parts.config, torch.float32, mesh.device)
                     restored = Restored(copy, parts.config, parts.processor, mesh.device, torch.float32)
                 answers.append(answer_all(restored, questions, mesh, batch, tokens)[0])
                 mesh.barrier()

@@ -27,19 +27,19 @@ import torch
 # Run as a script, this folder comes first on the path, and its shards.py would hide the package.
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
 
+from phi3v_dist.budget.flops import peak_tflops, row_flops, shape_of
+from phi3v_dist.budget.memory import Estimate, estimate
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.collate import Document, collate
-from phi3v_dist.estimate import Estimate, estimate
-from phi3v_dist.flops import peak_tflops, row_flops, shape_of
+from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.row import PackedRow
-from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
-from phi3v_dist.parallel.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.processor.geometry import hd_grid, image_token_count, tile_side_tokens, vision_calls_needed
+from phi3v_dist.train.optim import parameter_groups
 
 TEXT, LEARNT = 120, 40
 OFFLOAD = {"tile_mlp": 4096, "offload_checkpoints": True, "offload_optimizer": "cpu"}

@@ -28,17 +28,17 @@ import numpy as np
 import torch
 
 from benchmarks.record import Comparison, report
+from phi3v_dist.budget.memory import estimate
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.collate import Document, collate
-from phi3v_dist.estimate import estimate
+from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.row import PackedRow
-from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
-from phi3v_dist.parallel.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.processor.geometry import image_token_count, vision_calls_needed
+from phi3v_dist.train.optim import parameter_groups
 
 CHUNK, LEARNT, DOCUMENT = 64, 8, 2048
 FEATURES: dict[str, dict[str, Any]] = {

@@ -24,11 +24,11 @@ os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", WANDB_MODE="disable
 
 
 from benchmarks.step_overhead import Recorder, be_the_only_rank, recipe
-from phi3v_dist import train as loop
 from phi3v_dist.config import load_config
-from phi3v_dist.data.feed import Feed
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
-from phi3v_dist.track import Tracker
+from phi3v_dist.tracking.tracker import Tracker
+from phi3v_dist.train import loop as loop
+from phi3v_dist.train.feed import Feed
 
 
 class Clock:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from shards.atomic import write_atomically
+from shards.common.files import write_atomically
 
 RESULTS = ROOT / "docs/benchmarks"
 # Script -> arguments, and the seconds after which it is taken to hang.

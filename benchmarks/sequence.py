@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.long_context import model_config, run_config, synthetic_row, train_step
 from benchmarks.record import Comparison, report
+from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.model.memory import save_memory
-from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import open_mesh
-from phi3v_dist.parallel.zero import make_engine, prepare_deepspeed, zero_config
+from phi3v_dist.train.optim import parameter_groups
 
 
 def worker(sp: int, tokens: int, steps: int, out: str) -> None:

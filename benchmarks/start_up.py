@@ -83,7 +83,14 @@ def main() -> int:
             str(work / "catalogue/products.csv"), str(work / "shards"), BuildOptions(group_by="product_code")
         )
         for number in range(options.rounds):
-            ours = [sys.executable, "-m", "launch.cli", "train", "configs/tiny.yaml", f"name=start-{number}"]
+            ours = [
+                sys.executable,
+                "-m",
+                "launch.cli.main",
+                "train",
+                "configs/tiny.yaml",
+                f"name=start-{number}",
+            ]
             ours += [f"data.path={work / 'shards'}", f"runs_dir={work / 'runs'}", "track.mode=disabled"]
             ours += [
                 "track.log_every=1",

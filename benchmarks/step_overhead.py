@@ -4,8 +4,8 @@
 
 One process, ZeRO-3, one model (20M parameters, 1,024 positions a row, so that a step takes some tenths of a
 second, as on a GPU), the same rows. The bare loop does forward, backward, step and nothing else. Ours is
-`phi3v_dist.train.train` with its loader, logging at every step and metrics.jsonl; the time of a step is the
-wall time between the starts of two steps, whatever happens in between. Rounds alternate; medians.
+`phi3v_dist.train.loop.train` with its loader, logging at every step and metrics.jsonl; the time of a step is
+the wall time between the starts of two steps, whatever happens in between. Rounds alternate; medians.
 """
 
 import argparse
@@ -26,10 +26,10 @@ os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", WANDB_MODE="disable
 import torch
 
 from benchmarks.record import Comparison, report
-from phi3v_dist import train as loop
 from phi3v_dist.config import load_config
 from phi3v_dist.data.loader import LoadedRow
 from phi3v_dist.parallel.mesh import open_mesh
+from phi3v_dist.train import loop as loop
 from shards.build import BuildOptions, build
 from shards.sample import make_catalogue
 

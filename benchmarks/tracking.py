@@ -30,7 +30,7 @@ from phi3v_dist.config import RunConfig, load_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.modeling import Phi3VForCausalLM
 from phi3v_dist.processor.geometry import image_token_count, tile_side_tokens
-from phi3v_dist.track import Tracker
+from phi3v_dist.tracking.tracker import Tracker
 
 BAR = 1.05
 DELAY_S = 10.0

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.watch import watch_parent
+from launch.torchrun.watch import watch_parent
 
 FLOATS, ROUNDS = 16 << 20, 5
 

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from launch.agent import NO_RENDEZVOUS, STOP_SIGNALS
 from launch.description import (
     GRACE_S,
     JOIN_TIMEOUT_S,
@@ -31,12 +30,13 @@ from launch.description import (
     unset_here,
 )
 from launch.local import cores, visible_gpus
-from launch.node import NodeResult, run_node
 from launch.stage import stage_overrides
+from launch.torchrun.agent import NO_RENDEZVOUS, STOP_SIGNALS
+from launch.torchrun.node import NodeResult, run_node
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE
-from shards.atomic import write_atomically
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
+from shards.common.files import write_atomically
 
 POD_RETRIED = 143
 """What the training operator takes for a pod to be replaced: 128 + SIGTERM. Codes below 128 fail the job."""
@@ -61,7 +61,9 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
     command = rank_command(config_path, overrides)
     attempts = Attempts(config.run_dir, member.node_rank)
     told: list[int] = []
-    for each in STOP_SIGNALS:  # between two runs of torchrun; while it runs, launch.node passes them on
+    for (
+        each
+    ) in STOP_SIGNALS:  # between two runs of torchrun; while it runs, launch.torchrun.node passes them on
         signal.signal(each, lambda signum, frame: told.append(signum))
     while True:
         attempts.begin()

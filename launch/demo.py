@@ -25,8 +25,9 @@ from rich.table import Table
 from launch.local import launch_local
 from phi3v_dist.config import RunConfig, load_config
 from phi3v_dist.exits import DONE
-from shards.atomic import write_atomically
-from shards.format import BadInputError, read_index
+from shards.common.errors import BadInputError
+from shards.common.files import write_atomically
+from shards.format.index import read_index
 
 SUMMARY = "summary.json"
 _SECONDS = "demo-seconds.json"
@@ -151,7 +152,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _start(arguments: Sequence[str], stdout: int | None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch.cli", *arguments]
+    command = [sys.executable, "-m", "launch.cli.main", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=stdout, text=True, env=environment)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from phi3v_dist.config import TrainConfig
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 STOP_LEAD_S = 300
 """Seconds before the time limit at which Slurm sends SIGUSR1: the longest step plus the longest save."""
@@ -133,7 +133,7 @@ def torchrun_options(member: Membership) -> list[str]:
 
 def rank_command(config: str, overrides: Sequence[str]) -> list[str]:
     """What torchrun runs once per rank."""
-    return ["-m", "launch.rank", "train", config, *overrides]
+    return ["-m", "launch.torchrun.rank", "train", config, *overrides]
 
 
 def rank_environment(processes: int, on_gpu: bool, cores: int, nodes: int = 1) -> dict[str, str]:

@@ -26,10 +26,11 @@ from launch.cluster import cpu_processes
 from launch.description import Membership, torchrun_options
 from launch.health import MIN_SHM_BYTES, UNHEALTHY, unwritable
 from launch.local import CPU_PROCESSES, cores, visible_gpus
-from launch.node import run_node
+from launch.torchrun.node import run_node
 from phi3v_dist.config import RunConfig, load_config
 from phi3v_dist.exits import DONE
-from shards.format import BadInputError, read_dataset_info
+from shards.common.errors import BadInputError
+from shards.format.dataset import read_dataset_info
 
 Status = Literal["green", "yellow", "red"]
 GB = 1e9
@@ -269,8 +270,8 @@ def batch(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding
 
 def memory(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
     """What `phi3v estimate` says of the GPUs that are here."""
-    from phi3v_dist.estimate import advice, estimate
-    from phi3v_dist.origin import model_config_of
+    from phi3v_dist.budget.memory import advice, estimate
+    from phi3v_dist.pretrained import model_config_of
 
     if config.model.path is not None and not (Path(config.model.path) / "config.json").exists():
         return  # `weights` says so
@@ -299,7 +300,7 @@ def _gpu_bytes() -> int | None:
 
 def wandb(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
     """Where the numbers go."""
-    from phi3v_dist.track import has_key, resolve_mode
+    from phi3v_dist.tracking.tracker import has_key, resolve_mode
 
     mode = resolve_mode(config, environment)
     if mode == "online" and not has_key(environment):

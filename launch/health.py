@@ -23,8 +23,8 @@ from launch.cluster import gpu_fault, membership, uses_gpus
 from launch.local import cores
 from phi3v_dist.config import RunConfig
 from phi3v_dist.exits import DONE, USAGE
-from phi3v_dist.inputs import load_run
-from shards.format import BadInputError
+from phi3v_dist.run.inputs import load_run
+from shards.common.errors import BadInputError
 
 UNHEALTHY = 5
 """Exit code: config and job are fine, this node is not; run elsewhere."""

@@ -21,8 +21,8 @@ import yaml
 from launch.description import GRACE_S, POD_GRACE_S, JobDescription, check_batch, job_name
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DIVERGED, USAGE
-from shards.format import BadInputError
-from shards.shipped import shipped
+from shards.common.errors import BadInputError
+from shards.common.shipped import shipped
 
 NAMESPACE = "phi3v"
 IMAGE = "registry.example.com/phi3v-dist:0.1.0"

@@ -22,10 +22,10 @@ from launch.description import (
     torchrun_options,
     unset_here,
 )
-from launch.node import run_node
-from launch.watch import PARENT_VARIABLE
-from phi3v_dist.inputs import load_run
-from shards.format import BadInputError
+from launch.torchrun.node import run_node
+from launch.torchrun.watch import PARENT_VARIABLE
+from phi3v_dist.run.inputs import load_run
+from shards.common.errors import BadInputError
 
 CPU_PROCESSES = 2
 
@@ -66,7 +66,7 @@ def launch_here(arguments: Sequence[str], processes: int) -> int:
     options = torchrun_options(Membership(1, 0, processes, "127.0.0.1", 0, "local"))
     environment = unset_here(rank_environment(processes, gpus > 0, cores()))
     nowhere = Path(os.devnull)  # no run directory: the exit code is the ranks' own
-    return run_node(options, ["-m", "launch.rank", *arguments], nowhere, environment, GRACE_S).code
+    return run_node(options, ["-m", "launch.torchrun.rank", *arguments], nowhere, environment, GRACE_S).code
 
 
 def visible_gpus() -> int:

@@ -4,7 +4,7 @@ The same as slurm/shards.sh, from Python through submitit: tasks that are preemp
 go back into the queue and on behind their last finished window.
 
 In: the arguments of `phi3v shards build`, the number of tasks, the job's size. Out: job ids. Called by
-launch.cli_launch.
+launch.cli.launch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 from launch.description import STOP_LEAD_S
 from launch.slurm import DEFAULTS, SlurmOptions
 from phi3v_dist.exits import DONE
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 _PHI3V = """
 import signal
 for each in (signal.SIGUSR1, signal.SIGUSR2):  # they are for submitit
     signal.signal(each, signal.SIG_IGN)
-from launch.cli import main
+from launch.cli.main import main
 main()
 """
 
@@ -113,7 +113,7 @@ def _check_words(build: Sequence[str]) -> None:
     """Raises BadInputError if `phi3v` would refuse these words: better now than in every task."""
     import typer
 
-    from launch.cli_shards import app
+    from launch.cli.shards import app
 
     command: Any = typer.main.get_command(app)
     usage_error: Any = typer.BadParameter.__base__  # of the click inside typer

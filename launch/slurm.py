@@ -31,7 +31,7 @@ from launch.description import MAX_REQUEUES, STOP_LEAD_S, JobDescription, check_
 from launch.health import UNHEALTHY
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DONE, PREEMPTED, USAGE
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 POLL_S = 2.0
 JOBS = "slurm"

@@ -15,8 +15,9 @@ from pathlib import Path
 import fsspec
 
 from phi3v_dist.config import DataConfig
-from shards.atomic import partial_path
-from shards.format import DATASET_JSON, INDEX_DIR, BadInputError, files_in, read_dataset_info
+from shards.common.errors import BadInputError
+from shards.common.files import partial_path
+from shards.format.dataset import DATASET_JSON, INDEX_DIR, files_in, read_dataset_info
 
 COPIES_AT_ONCE = 8
 

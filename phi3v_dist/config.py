@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
-from shards.format import BadInputError
-from shards.shipped import shipped
+from shards.common.errors import BadInputError
+from shards.common.shipped import shipped
 
 Group = Literal["vision", "projector", "decoder"]
 
@@ -262,8 +262,8 @@ class EvalConfig(Section):
     every_steps: optimizer steps between evaluations, 0 for one at the end alone. loss_samples: so many have
     their loss taken. generate_samples: so many are answered. max_new_tokens: longest answer. batch_size:
     questions answered together, per rank.
-    metrics: names in phi3v_dist.metrics.METRICS, or module:function for your own. slice_by: field of the
-    samples' meta whose values are scored one by one. best_metric: the eval/* metric whose best checkpoint is
+    metrics: names in phi3v_dist.evaluation.metrics.METRICS, or module:function for your own. slice_by: field
+    of the samples' meta whose values are scored one by one. best_metric: the eval/* metric whose best checkpoint is
     kept and named `best` (null for none); best_mode: whether less or more of it is better. weights: for the
     answers whole on every rank, partitioned (slow, for models that do not fit), or auto: whole if there is
     room.

@@ -11,7 +11,7 @@ import json
 import time
 from pathlib import Path
 
-from shards.atomic import write_atomically
+from shards.common.files import write_atomically
 
 DONE = 0
 CRASHED = 1

@@ -15,14 +15,15 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from phi3v_dist import __version__, checkpoint
-from phi3v_dist.answers import answer
+from phi3v_dist import __version__
+from phi3v_dist.checkpoint import read as checkpoint
+from phi3v_dist.checkpoint.restore import Source, find_source, model_config, restore
+from phi3v_dist.evaluation.generate import answer
+from phi3v_dist.evaluation.prompts import Question, Questions, read_split
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import write_hub_directory
-from phi3v_dist.questions import Question, Questions, read_split
-from phi3v_dist.restore import Source, find_source, model_config, restore
-from shards.atomic import write_atomically
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
+from shards.common.files import write_atomically
 
 _VERIFY_TOKENS = 32
 

@@ -30,25 +30,26 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import alone_in, create_whole, partial_path, write_atomically
-from shards.crew import do_work
-from shards.format import (
+from shards.common.errors import BadInputError
+from shards.common.files import create_whole, partial_path, write_atomically
+from shards.common.locks import alone_in
+from shards.format.dataset import (
     BUILD_JSON,
     DATASET_JSON,
     FORMAT_VERSION,
     INDEX_DIR,
     LEDGER_DIR,
-    BadInputError,
     DatasetInfo,
     dataset_info_json,
     read_dataset_info,
 )
 from shards.ledger import failed_rows, reasons, rounds_before
 from shards.options import BuildOptions
-from shards.place import LOCK_SUFFIX, TASKS, Place, open_place, writing
+from shards.partition import Window, committed_windows, leading_windows
+from shards.process_pool import do_work
 from shards.rows import PRODUCT_ANSWER, PRODUCT_PROMPT, Row
 from shards.sources import Source, Span, open_source
-from shards.window import Window, committed_windows, leading_windows
+from shards.storage import LOCK_SUFFIX, TASKS, Place, open_place, writing
 from shards.worker import Progress, Work, finished_windows
 
 __all__ = ["BuildOptions", "build", "build_task", "close_tasks", "retry_failed", "waits_for_close"]

@@ -29,7 +29,7 @@ from typing import TypeVar
 import fsspec
 import httpx
 
-from shards.format import first_line
+from shards.common.text import first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

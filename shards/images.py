@@ -14,8 +14,9 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from shards.format import BadInputError, first_line
-from shards.grey import eight_bits, is_deep
+from shards.common.errors import BadInputError
+from shards.common.grey import eight_bits, is_deep
+from shards.common.text import first_line
 
 EXTENSIONS = ("jpg", "png", "webp")
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}

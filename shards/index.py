@@ -27,29 +27,30 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.atomic import alone_in, write_atomically
+from shards.common.errors import BadInputError
+from shards.common.files import write_atomically
+from shards.common.locks import alone_in
+from shards.common.text import first_line
 from shards.fetch import Fetched
-from shards.format import (
+from shards.format.dataset import (
     BUILD_JSON,
     DATASET_JSON,
     FORMAT_VERSION,
     INDEX_DIR,
-    INDEX_SCHEMA,
     LEDGER_DIR,
-    BadInputError,
     DatasetInfo,
     ShardInfo,
     dataset_info_json,
-    first_line,
     read_dataset_info,
 )
+from shards.format.index import INDEX_SCHEMA
 from shards.ledger import ledger_line, ledger_part, reasons
 from shards.options import BuildOptions, check_fractions
-from shards.place import Place, open_place
+from shards.partition import index_part
 from shards.prepare import Prepared, check_picture, index_row, split_of, with_pictures
 from shards.rows import Recipe, Row, RowMaker, make_row, row_maker
+from shards.storage import Place, open_place
 from shards.tars import Member, TarSample, scan
-from shards.window import index_part
 
 INDEXER = "indexer"  # in DatasetInfo.built_with of a dataset that was indexed, not built
 

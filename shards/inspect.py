@@ -16,7 +16,8 @@ from typing import Any
 
 import fsspec
 
-from shards.format import DatasetInfo, read_dataset_info, read_index
+from shards.format.dataset import DatasetInfo, read_dataset_info
+from shards.format.index import read_index
 from shards.ledger import reasons
 
 

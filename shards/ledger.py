@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from shards.format import LEDGER_DIR
+from shards.format.dataset import LEDGER_DIR
 from shards.prepare import Prepared
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False)

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.images import parse_coding
 from shards.rows import Recipe
 

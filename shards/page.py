@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
-from shards.format import read_index
+from shards.format.index import read_index
 from shards.images import PILLOW_FORMATS, check_image
 from shards.inspect import Inspection
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shards.common.errors import BadInputError
+from shards.common.text import first_line
 from shards.fetch import Fetched, Fetcher, is_local, read_local
-from shards.format import BadInputError, first_line
 from shards.images import ImageFacts, check_image, reencode
 from shards.options import BuildOptions
 from shards.rows import Image, Row

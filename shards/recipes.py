@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
+from shards.common.shipped import SHIPPED, shipped
 from shards.options import BuildOptions
-from shards.shipped import SHIPPED, shipped
 
 _FOLDER = Path("configs/shards")
 

@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shards.format import BadInputError, check_messages, image_tags, sample_json
+from shards.common.errors import BadInputError
+from shards.format.messages import check_messages, image_tags
+from shards.format.records import sample_json
 
 Image = str | bytes  # a path or URL, or the picture itself
 Made = tuple[list[Image], list[dict[str, str]], dict[str, Any]]  # images, messages, meta

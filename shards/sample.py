@@ -28,8 +28,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from shards.atomic import write_atomically
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
+from shards.common.files import write_atomically
 
 TABLE = "products.csv"
 COLUMNS = ("product_code", "title", "category3_code", "full_price", "imageurl")

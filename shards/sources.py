@@ -27,7 +27,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.format import BadInputError, first_line
+from shards.common.errors import BadInputError
+from shards.common.text import first_line
 from shards.rows import Made, Recipe, Row, RowFault, RowMaker, make_key, make_row, row_maker
 from shards.tars import sha256_of
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 _BLOCK = 512
 _AHEAD = 8  # pieces

@@ -18,16 +18,10 @@ from typing import IO, Any
 import fsspec
 import pyarrow.compute as pc
 
-from shards.format import (
-    DATASET_JSON,
-    BadInputError,
-    DatasetInfo,
-    ShardInfo,
-    check_messages,
-    files_in,
-    read_dataset_info,
-    read_index,
-)
+from shards.common.errors import BadInputError
+from shards.format.dataset import DATASET_JSON, DatasetInfo, ShardInfo, files_in, read_dataset_info
+from shards.format.index import read_index
+from shards.format.messages import check_messages
 from shards.images import check_image, check_size
 from shards.tars import TarSample, read_member, scan, sha256_of
 

@@ -18,15 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shards.common.errors import BadInputError
 from shards.fetch import Fetcher, FetchOptions, in_order
-from shards.format import LEDGER_DIR, BadInputError
+from shards.format.dataset import LEDGER_DIR
 from shards.ledger import image_digest, seen_images
 from shards.options import BuildOptions
-from shards.place import Place
-from shards.prepare import Prepared, on_disk, prepare, prepare_all
-from shards.rows import Row
-from shards.sources import Span
-from shards.window import (
+from shards.partition import (
     Window,
     WindowWriter,
     committed_windows,
@@ -34,6 +31,10 @@ from shards.window import (
     leading_windows,
     window_files,
 )
+from shards.prepare import Prepared, on_disk, prepare, prepare_all
+from shards.rows import Row
+from shards.sources import Span
+from shards.storage import Place
 
 _MOST_WAITING = 128 * 2**20  # bytes of images that wait for their turn to be written
 _BATCH = 8  # rows of local images that a thread takes at a time

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from phi3v_dist.config import RunConfig, changed_keys, config_json, load_config
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 MINIMAL = "name: x\nmodel: {path: m}\ndata: {path: d}\ntrain: {steps: 5}\n"
 

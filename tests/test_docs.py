@@ -21,8 +21,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launch.cli import app
-from launch.reference import config_reference, descriptions
+from launch.cli.main import app
+from launch.cli.reference import config_reference, descriptions
 from phi3v_dist.config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,7 @@ def small(command: str) -> list[str]:
 
 def foreign_material(root: Path) -> None:
     """What the pages take for granted: a table with two pictures a row, tars that other tools wrote."""
-    from shards.format import sample_json
+    from shards.format.records import sample_json
     from shards.tars import TarShard
 
     pictures = sorted((root / "data/catalogue/images").iterdir())[:12]
@@ -178,7 +178,7 @@ def test_the_command_runs(command: str, workspace: Path) -> None:
     assert words[0] == "phi3v", f"{command!r} is neither of phi3v nor in ELSEWHERE"
     if words[1:3] == ["launch", "local"] or "--processes" in words:
         environment = {**os.environ, "PHI3V_CPU_PROCESSES": "1"}
-        started = [sys.executable, "-m", "launch.cli", *words[1:]]
+        started = [sys.executable, "-m", "launch.cli.main", *words[1:]]
         done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=170)
         assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     else:

@@ -14,7 +14,7 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.plan import Plan, deal_rows, row_cost
 from phi3v_dist.data.prepare import prepare_data
 from phi3v_dist.data.tokens import SampleCosts
-from phi3v_dist.origin import model_config_of, tokenizer_dir
+from phi3v_dist.pretrained import model_config_of, tokenizer_dir
 from phi3v_dist.processor.tokenizer import load_tokenizer
 
 LONGEST = 131_072  # positions that the published model was trained for

@@ -33,7 +33,7 @@ from phi3v_dist.model.row import PackedRow
 from phi3v_dist.processor.geometry import HDGrid, hd_grid, image_token_count, tile_side_tokens
 from phi3v_dist.processor.image import blank_tiles, decode_image, hd_tiles
 from phi3v_dist.processor.prompt import IGNORE, encode
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 _CLOSING_S = 10.0  # for rows under way, once nobody wants them any more
 

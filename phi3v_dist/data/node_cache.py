@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.format import ShardInfo
+from shards.format.dataset import ShardInfo
 
 _BLOCK = 1 << 22
 _AT_ONCE = 2  # fetches of one process

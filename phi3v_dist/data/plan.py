@@ -22,7 +22,7 @@ from phi3v_dist.data.pack import spread
 from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.tokens import SampleCosts
 from phi3v_dist.processor.geometry import vision_calls_needed
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 _KEPT_EPOCHS = 2  # in memory
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from phi3v_dist.data.epoch import EpochRows
-from shards.atomic import write_atomically
+from shards.common.files import write_atomically
 
 _WORTH_KEEPING = 20_000  # samples; smaller epochs are made faster than files are opened
 _MOST_BYTES = 4 << 30  # of all epochs on disk

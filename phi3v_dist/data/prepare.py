@@ -22,15 +22,8 @@ from phi3v_dist.data.node_cache import CacheOptions
 from phi3v_dist.data.plan import Plan
 from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.samples import Samples, keep_samples, open_samples, read_samples, samples_fingerprint
-from phi3v_dist.data.tokens import (
-    Counter,
-    SampleCosts,
-    keep_costs,
-    load_costs,
-    sample_costs,
-    truncated_costs,
-)
-from shards.format import read_dataset_info
+from phi3v_dist.data.tokens import Counter, SampleCosts, keep_costs, load_costs, sample_costs, truncated_costs
+from shards.format.dataset import read_dataset_info
 
 _PLAN_VERSION = 2  # raised when the same settings make other rows
 _log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from phi3v_dist.data.node_cache import CacheOptions, NodeCache, copy_name
-from shards.format import BadInputError, ShardInfo
+from shards.common.errors import BadInputError
+from shards.format.dataset import ShardInfo
 
 _OPEN_FILES = 64
 _HEADER = 512  # of a tar member, right in front of its data

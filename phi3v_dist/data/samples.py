@@ -18,8 +18,10 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
-from shards.atomic import partial_path, publish
-from shards.format import INDEX_DIR, BadInputError, ShardInfo, files_in, read_dataset_info, read_index
+from shards.common.errors import BadInputError
+from shards.common.files import partial_path, publish
+from shards.format.dataset import INDEX_DIR, ShardInfo, files_in, read_dataset_info
+from shards.format.index import read_index
 
 _COLUMNS = ["key", "shard", "images", "messages"]
 _BATCH = 4096  # samples of a record batch

@@ -24,8 +24,8 @@ import pyarrow as pa
 from phi3v_dist.data.samples import Samples
 from phi3v_dist.processor.geometry import hd_grid, image_token_count, tile_side_tokens
 from phi3v_dist.processor.prompt import check_text, render, text_pieces
-from shards.atomic import write_atomically
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
+from shards.common.files import write_atomically
 
 _ALONE = 16_384  # samples up to which one process counts; starting others takes about two seconds
 _MOST_PROCESSES = 32

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, PretrainedConfig
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 CLIP_L_14_336: dict[str, Any] = {  # hard-coded in the published modelling code
     "hidden_size": 1024,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

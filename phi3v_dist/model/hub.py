@@ -30,7 +30,7 @@ from phi3v_dist.model.modeling import EMBEDDING_ALIAS, Phi3VForCausalLM
 from phi3v_dist.processor.geometry import tile_side_tokens
 from phi3v_dist.processor.processing import write_preprocessor_config
 from phi3v_dist.processor.tokenizer import load_tokenizer, save_tokenizer_config
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from phi3v_dist.model.modeling import Phi3VForCausalLM
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 _TOWER = "model.vision_embed_tokens.img_processor."
 PARTS = {

@@ -22,20 +22,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 
-from phi3v_dist.model.attention import (
-    NAME,
-    Layout,
-    block_mask,
-    causal_mask,
-    make_layout,
-    padded_layout,
-)
+from phi3v_dist.model.attention import NAME, Layout, block_mask, causal_mask, make_layout, padded_layout
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.rope import LongRope
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.model.vision import VisionEmbedding
 from phi3v_dist.processor.geometry import image_token_count, vision_calls_needed
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 if TYPE_CHECKING:
     from phi3v_dist.parallel.sequence import SequenceGroup

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from phi3v_dist.parallel.meet import meet
 from phi3v_dist.parallel.sequence import SequenceGroup
-from shards.format import BadInputError
+from phi3v_dist.parallel.start import agree_on_start
+from shards.common.errors import BadInputError
 
 _log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
         store: Any = dist.HashStore()
     else:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(meet(store, rank, size, timeout_s), store)
+        store = dist.PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=store)
     try:
         sequence = sequence_group(rank, size, sp)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 TILE = 336  # px, side of a tile of the published model
 PATCH = 14  # px

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from phi3v_dist.processor import resample
 from phi3v_dist.processor.geometry import TILE, HDGrid, hd_grid
-from shards.format import BadInputError
-from shards.grey import eight_bits, is_deep
+from shards.common.errors import BadInputError
+from shards.common.grey import eight_bits, is_deep
 
 MAX_PIXELS = 100_000_000
 # Not all that Pillow reads: it runs Ghostscript for EPS, and its rare formats are the least tested.

@@ -23,7 +23,7 @@ from phi3v_dist.processor.geometry import TILE, hd_grid, image_token_count, tile
 from phi3v_dist.processor.image import IMAGE_MEAN, IMAGE_STD, hd_tiles
 from phi3v_dist.processor.prompt import encode, encode_text, image_tags
 from phi3v_dist.processor.tokenizer import copy_tokenizer, load_tokenizer
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 PREPROCESSOR = "preprocessor_config.json"
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shards.format import CONTROL_TOKENS, IMAGE_TAG, BadInputError
+from shards.common.errors import BadInputError
+from shards.format.messages import CONTROL_TOKENS, IMAGE_TAG
 
 IGNORE = -100
 # What ends a turn. "chat" is the published chat template; "seed" is the layout of the product fine-tuning

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

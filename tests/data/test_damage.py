@@ -23,13 +23,14 @@ from phi3v_dist.data import reader as reader_module
 from phi3v_dist.data.loader import LoadedRow, RowMaker, load_rows
 from phi3v_dist.data.node_cache import CacheOptions, copy_name
 from phi3v_dist.data.plan import Plan, RankRows
-from phi3v_dist.data.quarantine import allowed
 from phi3v_dist.data.reader import SampleReader
 from phi3v_dist.data.samples import read_samples
 from phi3v_dist.data.tokens import Counter, pictures_that_fit, sample_costs, truncated_costs
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
+from phi3v_dist.train.quarantine import allowed
 from shards.build import BuildOptions, build
-from shards.format import BadInputError, read_index
+from shards.common.errors import BadInputError
+from shards.format.index import read_index
 from shards.sample import make_catalogue
 from tests.waiting import wait_for
 

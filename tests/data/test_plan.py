@@ -12,7 +12,7 @@ from phi3v_dist.data.epoch import Layout, epoch_draws, epoch_samples
 from phi3v_dist.data.plan import Plan, RankRows, deal_rows, rank_rows, row_cost, sample_work
 from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.tokens import SampleCosts
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 
 def costs(samples: int = 500, seed: int = 0, longest: int = 300) -> SampleCosts:

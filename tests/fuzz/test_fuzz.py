@@ -23,7 +23,11 @@ from PIL import Image
 from phi3v_dist.config import load_config
 from phi3v_dist.processor.image import decode_image, hd_tiles
 from phi3v_dist.processor.prompt import CONTROL_TOKENS, encode
-from shards.format import BadInputError, check_messages, read_dataset_info, read_index, sample_json
+from shards.common.errors import BadInputError
+from shards.format.dataset import read_dataset_info
+from shards.format.index import read_index
+from shards.format.messages import check_messages
+from shards.format.records import sample_json
 from shards.images import check_image
 from shards.index import IndexOptions, build_index
 from shards.tars import TarShard, scan

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import launch.cluster
-from launch.cli import main
+from launch.cli.main import main
 
 
 def standin_command(config: str, overrides: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.watch import watch_parent
+from launch.torchrun.watch import watch_parent
 from phi3v_dist.exits import record_exit
 
 

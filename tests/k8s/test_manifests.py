@@ -16,7 +16,7 @@ import yaml
 
 from launch import k8s
 from launch.description import GRACE_S, POD_GRACE_S
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from tests.k8s.strict import faults
 
 Object = dict[str, Any]

@@ -21,7 +21,7 @@ from launch import k8s
 from launch.cluster import Attempts, membership, pod_exit_code
 from launch.description import torchrun_options
 from launch.local import cores
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from tests.waiting import wait_for
 
 STANDIN = Path(__file__).with_name("standin_phi3v.py")

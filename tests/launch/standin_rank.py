@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.watch import watch_parent
+from launch.torchrun.watch import watch_parent
 from phi3v_dist.exits import record_exit
 
 

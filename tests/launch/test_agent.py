@@ -18,7 +18,15 @@ def catches(pid: int, number: int) -> bool:
 
 def test_a_signal_while_torch_is_imported_ends_as_a_stop() -> None:
     """Not as a crash, which would not be requeued. Handlers are there before torch is imported."""
-    command = [sys.executable, "-m", "launch.agent", "--standalone", "--nproc-per-node=1", "-m", "no.such"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.torchrun.agent",
+        "--standalone",
+        "--nproc-per-node=1",
+        "-m",
+        "no.such",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not catches(process.pid, signal.SIGTERM):

@@ -10,7 +10,7 @@ COMMANDS = ["train", "plan", "evaluate", "export", "ask", "demo", "shards", "lau
 
 
 def phi3v(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.cli", *arguments]
+    command = [sys.executable, "-m", "launch.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.arguments import offer_configs, offer_keys
+from launch.cli.arguments import offer_configs, offer_keys
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_bash_gets_them() -> None:
     def ask(*words: str) -> list[str]:
         asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
         environment = {**os.environ, **asked, "_PHI3V_COMPLETE": "complete_bash"}
-        command = [sys.executable, "-c", "from launch.cli import app; app(prog_name='phi3v')"]
+        command = [sys.executable, "-c", "from launch.cli.main import app; app(prog_name='phi3v')"]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()

@@ -30,7 +30,7 @@ def start(tmp_path: Path) -> subprocess.Popen[str]:
         "track.mode=offline",
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "demo", "--rows", "80", "--config", CONFIG, *overrides],
+        [sys.executable, "-m", "launch.cli.main", "demo", "--rows", "80", "--config", CONFIG, *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -9,7 +9,7 @@ import pytest
 from launch import doctor
 from launch.doctor import Finding, run_doctor
 from phi3v_dist.config import load_config
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 
 def test_a_config_that_can_run_has_nothing_red(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from launch.cli import app
+from launch.cli.main import app
 
 ROOT: Any = typer.main.get_command(app)
 
@@ -33,7 +33,7 @@ def test_help_has_an_example_that_works_and_says_what_each_option_is(
     assert examples, "an example"
     for example in examples:
         words = shlex.split(example)
-        behind = words.index("launch.cli" if words[0] == "torchrun" else "phi3v") + 1
+        behind = words.index("launch.cli.main" if words[0] == "torchrun" else "phi3v") + 1
         assert tuple(words[behind : behind + len(path)]) == path
         # raises for what the command does not know, or lacks
         command.make_context(" ".join(path), words[behind + len(path) :])

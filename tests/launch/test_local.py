@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from launch import local
-from launch.node import NodeResult
-from shards.format import BadInputError
+from launch.torchrun.node import NodeResult
+from shards.common.errors import BadInputError
 
 CONFIG = """
 name: a-run
@@ -46,7 +46,7 @@ def test_ranks_get_config_and_overrides_unchanged(config: str, monkeypatch: pyte
     assert local.launch_local(config, ["train.lr=0.1", "track.group=two words"], processes=2) == 0
     options, command, run_dir, environment, _ = seen
     assert options[-2:] == ["--nproc-per-node", "2"]
-    assert command == ["-m", "launch.rank", "train", config, "train.lr=0.1", "track.group=two words"]
+    assert command == ["-m", "launch.torchrun.rank", "train", config, "train.lr=0.1", "track.group=two words"]
     assert run_dir == Path(config).parent / "runs with space" / "a-run"
     assert environment["DS_ACCELERATOR"] == "cpu"
     assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)

@@ -16,7 +16,7 @@ STANDIN = Path(__file__).with_name("standin_rank.py")
 LAUNCHER = """
 import sys
 from pathlib import Path
-from launch.node import run_node
+from launch.torchrun.node import run_node
 run_dir, grace, *command = sys.argv[1:]
 options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 sys.exit(run_node(options, command, Path(run_dir), {"OMP_NUM_THREADS": "1"}, float(grace)).code)

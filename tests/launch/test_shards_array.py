@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launch.cli import app
+from launch.cli.main import app
 from launch.shards_array import ShardsTask, launch_shards
-from shards.format import BadInputError, read_index
+from shards.common.errors import BadInputError
+from shards.format.index import read_index
 from shards.sample import make_catalogue
 from shards.verify import verify
 

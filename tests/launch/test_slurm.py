@@ -13,7 +13,7 @@ import pytest
 from launch.description import STOP_LEAD_S, JobDescription, job_name, rank_environment
 from launch.health import command_fault
 from launch.slurm import SlurmOptions, cancelled, combinations, in_queue, launch_slurm, own_job
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 TRAIN_SH = Path(__file__).resolve().parents[2] / "slurm" / "train.sh"
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from launch.stage import stage_dataset
-from shards.atomic import partial_path
-from shards.format import BadInputError, read_dataset_info, read_index
+from shards.common.errors import BadInputError
+from shards.common.files import partial_path
+from shards.format.dataset import read_dataset_info
+from shards.format.index import read_index
 
 
 def test_the_copy_is_the_data_set_and_is_made_once(products: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from phi3v_dist.model.hub import (
 )
 from phi3v_dist.processor.processing import Phi3VProcessor
 from phi3v_dist.processor.tokenizer import train_tokenizer
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HUB = Path(__file__).parents[3] / "shared/phi3v-hub"

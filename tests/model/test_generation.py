@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 LIMIT = 64  # positions with short factors in the tiny config
 

@@ -8,7 +8,7 @@ from phi3v_dist.model import Phi3VForCausalLM
 from phi3v_dist.model.hub import write_hub_directory
 from phi3v_dist.model.lora import PARTS, adapter_shapes, add_lora, lora_targets, merge_lora, plain_name
 from phi3v_dist.processor.tokenizer import train_tokenizer
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 
 def test_parts_cover_the_linear_layers_that_feed_something(tiny) -> None:

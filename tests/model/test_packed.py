@@ -10,9 +10,9 @@ import torch
 
 from phi3v_dist.config import RunConfig
 from phi3v_dist.model.attention import NAME
+from phi3v_dist.model.groups import freeze
 from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.modeling import LossHead
-from phi3v_dist.optim import freeze
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from phi3v_dist.model.vision import global_views, normalise
 from phi3v_dist.processor.geometry import image_token_count, vision_calls_needed
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 
 def tower_views(model) -> list[int]:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from phi3v_dist.config import RunConfig
+from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.model.hub import build_model, load_config, load_weights
 from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.row import PackedRow
-from phi3v_dist.optim import parameter_groups
 from phi3v_dist.parallel.mesh import Mesh, open_mesh, sequence_group
-from phi3v_dist.parallel.zero import make_engine, prepare_deepspeed, zero_config
 from phi3v_dist.processor.geometry import vision_calls_needed
+from phi3v_dist.train.optim import parameter_groups
 
 CHUNK = 4
 FEATURES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from phi3v_dist.model.row import PackedRow
 from phi3v_dist.processor.tokenizer import train_tokenizer
 from tests.model.conftest import make_document, pack, tiny_config
 from tests.parallel.parity_rank import CASES
-from tests.train.ranks import finish, start
+from tests.ranks import finish, start
 
 pytestmark = pytest.mark.timeout(420)  # one launch serves many tests; ranks that share cores are slow
 

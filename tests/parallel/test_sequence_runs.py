@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from phi3v_dist.config import load_config
-from tests.train.ranks import finish, logged, run_ranks, start_ranks
+from tests.ranks import finish, logged, run_ranks, start_ranks
 
 pytestmark = pytest.mark.timeout(420)  # three runs one after the other
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from phi3v_dist.processor.geometry import hd_grid, image_token_count, tile_side_tokens, vision_calls_needed
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 TABLE = json.loads((Path(__file__).parents[1] / "golden/image_processor/size_table.json").read_text())
 

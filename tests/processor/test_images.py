@@ -13,7 +13,7 @@ from PIL import Image
 from phi3v_dist.processor.geometry import hd_grid
 from phi3v_dist.processor.image import blank_tiles, decode_image, hd_tiles
 from phi3v_dist.processor.processing import image_inputs
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 GOLDEN = Path(__file__).parents[1] / "golden/image_processor"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -14,7 +14,7 @@ from phi3v_dist.model.vision import normalise
 from phi3v_dist.processor.processing import Phi3VProcessor
 from phi3v_dist.processor.prompt import encode, render, seed_messages
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HUB = Path(__file__).parents[3] / "shared/phi3v-hub"

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from shards.build import BuildOptions, build
+from shards.common.errors import BadInputError
 from shards.fetch import Fetched
-from shards.format import BadInputError, read_index
-from shards.place import writing
+from shards.format.index import read_index
 from shards.prepare import Picture, Prepared, split_of
 from shards.rows import Row
+from shards.storage import writing
 from shards.verify import verify
 from tests.shards.conftest import Site, write_csv
 

@@ -11,8 +11,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from launch.cli_shards import app
-from shards.format import BadInputError
+from launch.cli.shards import app
+from shards.common.errors import BadInputError
 
 
 def run(*words: object) -> Result:
@@ -55,7 +55,7 @@ def test_a_recipe_and_tasks(tmp_path: Path) -> None:
 
 
 def test_the_catalogue_is_served_until_interrupted(tmp_path: Path) -> None:
-    code = "from launch.cli_shards import app; app()"
+    code = "from launch.cli.shards import app; app()"
     command = [sys.executable, "-c", code, "sample", "--rows", "2", "--out", str(tmp_path), "--serve"]
     environment = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

@@ -10,18 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import shards
-from shards.format import (
-    FORMAT_VERSION,
-    INDEX_SCHEMA,
-    BadInputError,
-    DatasetInfo,
-    ShardInfo,
-    check_messages,
-    dataset_info_json,
-    image_tags,
-    read_dataset_info,
-    read_index,
-)
+from shards.common.errors import BadInputError
+from shards.format.dataset import FORMAT_VERSION, DatasetInfo, ShardInfo, dataset_info_json, read_dataset_info
+from shards.format.index import INDEX_SCHEMA, read_index
+from shards.format.messages import check_messages, image_tags
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -121,5 +113,5 @@ def test_incomplete_other_version_and_damaged_are_refused(tmp_path: Path) -> Non
 def test_importing_the_package_pulls_in_no_torch() -> None:
     rooms = [path.stem for path in Path(shards.__file__).parent.glob("*.py")]
     code = f"import sys, importlib\nfor r in {rooms}: importlib.import_module('shards.' + r)\n"
-    code += "import launch.cli_shards\nassert 'torch' not in sys.modules"
+    code += "import launch.cli.shards\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageChops, ImageOps, PngImagePlugin
 
 from phi3v_dist.processor.image import decode_image
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.images import check_image, parse_coding, reencode, sniff
 
 

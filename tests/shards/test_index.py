@@ -11,7 +11,8 @@ import pytest
 
 from shards import index as index_module
 from shards.build import BuildOptions, build
-from shards.format import BadInputError, read_index
+from shards.common.errors import BadInputError
+from shards.format.index import read_index
 from shards.index import IndexOptions, build_index
 from shards.verify import verify
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from shards.build import BuildOptions, build
-from shards.format import read_index
+from shards.format.index import read_index
 from shards.inspect import Spread, inspect, spread
 from shards.page import make_page
 from tests.shards.conftest import write_csv

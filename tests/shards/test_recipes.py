@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.options import BuildOptions
 from shards.recipes import load_recipe
 

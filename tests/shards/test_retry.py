@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from shards.build import BuildOptions, build, retry_failed
-from shards.format import BadInputError, read_dataset_info, read_index
+from shards.common.errors import BadInputError
+from shards.format.dataset import read_dataset_info
+from shards.format.index import read_index
 from shards.ledger import failed_rows, reasons
 from shards.verify import verify
 from tests.shards.conftest import Site, write_csv

@@ -11,7 +11,8 @@ import pytest
 
 from phi3v_dist.data.reader import SampleReader
 from shards.build import BuildOptions, build, build_task, close_tasks, retry_failed, waits_for_close
-from shards.format import BadInputError, read_index
+from shards.common.errors import BadInputError
+from shards.format.index import read_index
 from shards.index import IndexOptions, build_index
 from shards.inspect import inspect
 from shards.page import make_page

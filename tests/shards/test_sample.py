@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.sample import make_catalogue, serve_catalogue
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.rows import PRODUCT_COLUMNS, PRODUCT_PROMPT, Recipe, Row
 from shards.sources import ALL, open_source
 from tests.shards.conftest import write_csv

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.tars import TarShard, scan
 
 SAMPLES = [

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.build import BuildOptions, build, build_task, close_tasks, retry_failed, waits_for_close
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.rows import Recipe
 from shards.sources import ALL, open_source
 from shards.verify import verify

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.build import BuildOptions, build
-from shards.format import BadInputError
+from shards.common.errors import BadInputError
 from shards.verify import Report, verify
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import launch.cluster
-from launch.cli import main
+from launch.cli.main import main
 
 STANDIN = Path(__file__).with_name("standin_rank.py")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.format import read_index
+from shards.format.index import read_index
 from shards.sample import make_catalogue
 from tests.slurm.slurm_cluster import SlurmCluster, wait_for
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from phi3v_dist.wandb_file import last_step
+from phi3v_dist.tracking.wandb_file import last_step
 from tests.slurm.slurm_cluster import SlurmCluster
 from tests.waiting import wait_for
 

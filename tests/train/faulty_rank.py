@@ -2,7 +2,7 @@
 ...]`.
 
 A fault is `what:rank:step:where`. It happens once in the life of a run (a file beside the config notes it),
-when that rank begins `where` in that step (from 0): one of the places that Pulse.at is told, or `backward`.
+when that rank begins `where` in that step (from 0): one of the places of Heartbeat.at, or `backward`.
 what: a signal's name, `sleep` (for ever), `config` (the rank has another learning rate; at once), `data` (it
 looks for its data in the directory `elsewhere` beside the config; at once), `stall` (no row comes any more
 after the second), `nan` (the losses of that step, however often), `nans` (of every step).
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.watch import watch_parent
+from launch.torchrun.watch import watch_parent
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -46,13 +46,13 @@ def install(fault: str, config: str) -> None:
         return
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from phi3v_dist.data.feed import Feed
-    from phi3v_dist.parallel.pulse import Pulse
+    from phi3v_dist.parallel.heartbeat import Heartbeat
+    from phi3v_dist.train.feed import Feed
 
     now: list[Any] = [0, ""]
-    at = Pulse.at
+    at = Heartbeat.at
 
-    def watched(self: Pulse, at_step: int, doing: str) -> None:
+    def watched(self: Heartbeat, at_step: int, doing: str) -> None:
         at(self, at_step, doing)
         now[:] = [at_step, doing]
         if (
@@ -62,7 +62,7 @@ def install(fault: str, config: str) -> None:
         ):
             happen(what)
 
-    Pulse.at = watched  # type: ignore[method-assign]
+    Heartbeat.at = watched  # type: ignore[method-assign]
     if where == "backward":
         backward = DeepSpeedEngine.backward
 
@@ -102,6 +102,6 @@ if __name__ == "__main__":
     faults = sys.argv.pop(1)
     for each in faults.split(","):
         install(each, sys.argv[2])
-    from launch.cli import main
+    from launch.cli.main import main
 
     main()

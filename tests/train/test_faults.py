@@ -17,17 +17,17 @@ import pytest
 import torch
 import yaml
 
-from phi3v_dist import checkpoint
+from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.config import load_config
 from phi3v_dist.data.plan import MicroRow
 from phi3v_dist.data.prepare import prepare_data
-from phi3v_dist.debug import Place, describe, replay, row_loss
 from phi3v_dist.exits import CRASHED, DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
-from phi3v_dist.origin import model_config_of
+from phi3v_dist.pretrained import model_config_of
 from phi3v_dist.processor.tokenizer import load_tokenizer
-from shards.format import BadInputError
+from phi3v_dist.replay import Place, describe, replay, row_loss
+from shards.common.errors import BadInputError
 from tests.conftest import tiny_tree
-from tests.train.ranks import finish, logged
+from tests.ranks import finish, logged
 from tests.waiting import wait_for
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")

@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from phi3v_dist import checkpoint
+from phi3v_dist.checkpoint import read as checkpoint
+from phi3v_dist.checkpoint.restore import find_source, restore
 from phi3v_dist.config import load_config
 from phi3v_dist.export import export, export_adapter, verify
-from phi3v_dist.restore import find_source, restore
-from shards.format import BadInputError
-from tests.train.ranks import logged, run_ranks
+from shards.common.errors import BadInputError
+from tests.ranks import logged, run_ranks
 from tests.train.test_train import plain_losses
 
 LORA = ["model.freeze=[vision]", "model.lora.parts=[decoder,projector]", "model.lora.rank=4", "train.lr=1e-2"]

@@ -4,8 +4,9 @@ import pytest
 
 from phi3v_dist.config import TrainConfig
 from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.groups import freeze, group_of
 from phi3v_dist.model.modeling import Phi3VForCausalLM
-from phi3v_dist.optim import freeze, group_of, learning_rate, parameter_groups
+from phi3v_dist.train.optim import learning_rate, parameter_groups
 
 
 def tiny_model() -> Phi3VForCausalLM:

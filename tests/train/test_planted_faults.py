@@ -12,12 +12,12 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from benchmarks import chaos
-from phi3v_dist import checkpoint
+from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import DIVERGED, DONE, USAGE, recorded_exit
 from shards.index import IndexOptions, build_index
 from tests.conftest import tiny_tree
-from tests.train.ranks import finish, start_ranks
+from tests.ranks import finish, start_ranks
 
 QUICK = ["eval.generate_samples=0", "eval.loss_samples=2", "data.workers=1"]
 

@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from phi3v_dist import checkpoint
+from phi3v_dist.checkpoint import read as checkpoint
+from phi3v_dist.checkpoint.restore import find_source, restore
 from phi3v_dist.config import load_config
 from phi3v_dist.data.epoch import Layout
 from phi3v_dist.data.loader import RowMaker, load_rows
@@ -19,15 +20,16 @@ from phi3v_dist.data.samples import read_samples
 from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.exits import DIVERGED, DONE, PREEMPTED, USAGE, recorded_exit
 from phi3v_dist.export import export, verify
+from phi3v_dist.model.groups import choose_learning
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.model.hub import load_config as load_model_config
-from phi3v_dist.optim import choose_learning, learning_rate, parameter_groups, set_learning_rate
 from phi3v_dist.processor.tokenizer import load_tokenizer
-from phi3v_dist.restore import find_source, restore
-from phi3v_dist.track import read_metrics
-from phi3v_dist.wandb_file import history
-from shards.format import BadInputError, read_index
-from tests.train.ranks import finish, logged, run_ranks, start_ranks
+from phi3v_dist.tracking.tracker import read_metrics
+from phi3v_dist.tracking.wandb_file import history
+from phi3v_dist.train.optim import learning_rate, parameter_groups, set_learning_rate
+from shards.common.errors import BadInputError
+from shards.format.index import read_index
+from tests.ranks import finish, logged, run_ranks, start_ranks
 
 
 def weights(target: Path) -> dict[str, torch.Tensor]:
@@ -150,7 +152,9 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
         while len(logged(run_dir, "train/loss") if (run_dir / "metrics.jsonl").exists() else []) < 2:
             assert time.time() - began < 90 and process.poll() is None
             time.sleep(0.2)
-        ranks = [p for p in psutil.Process(process.pid).children() if "launch.cli" in " ".join(p.cmdline())]
+        ranks = [
+            p for p in psutil.Process(process.pid).children() if "launch.cli.main" in " ".join(p.cmdline())
+        ]
         assert len(ranks) == 2
         os.kill(ranks[1].pid, signal.SIGUSR1)
     finally:

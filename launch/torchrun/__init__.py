@@ -1,0 +1,1 @@
+"""torchrun and the ranks below it, on one node."""

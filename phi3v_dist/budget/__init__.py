@@ -1,0 +1,1 @@
+"""Memory, arithmetic and time of a step, worked out beforehand. Pure arithmetic."""

@@ -1,0 +1,1 @@
+"""Checkpoints: slices that any number of ranks can read, complete or absent."""

@@ -1,0 +1,171 @@
+"""A trained model from whatever names one: a run, a checkpoint, or a directory in the published layout.
+
+A run may be followed by which of its checkpoints is meant: `runs/x:best`, `runs/x:latest`, `runs/x:1500`.
+Out: a model on this rank's device, whole or partitioned over the ranks by ZeRO-3, its tokenizer and
+processor. Called by evaluation, export, `phi3v ask` and `phi3v debug row`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phi3v_dist.checkpoint import read as checkpoint
+from phi3v_dist.model.configuration import Phi3VConfig
+from phi3v_dist.model.hub import build_model, load_config, load_weights
+from phi3v_dist.model.modeling import Phi3VForCausalLM
+from phi3v_dist.processor.processing import Phi3VProcessor
+from phi3v_dist.processor.tokenizer import load_tokenizer
+from phi3v_dist.run.layout import CHECKPOINTS
+from shards.common.errors import BadInputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """directory: a checkpoint or a directory in the published layout. step: of a checkpoint, else None."""
+
+    directory: Path
+    step: int | None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.step is not None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model in eval mode and what it needs to answer. partitioned: ZeRO-3 holds a part of every weight on
+    each rank, so that all ranks must call it together.
+    """
+
+    model: Phi3VForCausalLM
+    config: Phi3VConfig
+    processor: Phi3VProcessor
+    device: torch.device
+    dtype: torch.dtype
+    partitioned: bool = False
+
+
+def find_source(named: str | Path) -> Source:
+    """A run directory stands for its newest complete checkpoint; RUN:best, RUN:latest and RUN:STEP name one.
+
+    Raises BadInputError if `named` is none of the three, or the run has no such checkpoint.
+    """
+    path, which = _split(named)
+    if (path / CHECKPOINTS).is_dir():
+        path = _checkpoint(path, which)
+    elif which is not None:
+        raise BadInputError(f"{named}: {path} is no run, so it has no checkpoint {which!r}")
+    if (path / checkpoint.META).exists():
+        return Source(path, int(checkpoint.read_meta(path)["progress"]["step"]))
+    if (path / "config.json").exists():
+        return Source(path, None)
+    raise BadInputError(
+        f"{path}: neither a run, nor a checkpoint ({checkpoint.META}), nor a model directory (config.json)"
+    )
+
+
+def _split(named: str | Path) -> tuple[Path, str | None]:
+    """(path, which checkpoint); a path that exists as it stands is taken as it stands."""
+    if Path(named).exists():
+        return Path(named), None
+    head, colon, which = str(named).rpartition(":")
+    return (Path(head), which) if colon and head else (Path(named), None)
+
+
+def _checkpoint(run_dir: Path, which: str | None) -> Path:
+    folder = run_dir / CHECKPOINTS
+    if which in (None, "latest"):
+        newest = checkpoint.newest(folder)
+        if newest is None:
+            raise BadInputError(f"{run_dir}: this run has no complete checkpoint yet")
+        return newest
+    if which == "best":
+        best = checkpoint.best(folder)
+        if best is None:
+            raise BadInputError(
+                f"{run_dir}: no best checkpoint; one is kept once an evaluation in training has "
+                "eval.best_metric"
+            )
+        return best
+    step = (which or "").removeprefix("step-")
+    if not step.isdigit():
+        raise BadInputError(f"{run_dir}:{which}: name a checkpoint as best, latest or a step, such as 1500")
+    target = folder / checkpoint.checkpoint_name(int(step))
+    if not target.is_dir():
+        there = ", ".join(sorted(p.name.removeprefix("step-").lstrip("0") for p in folder.glob("step-*")))
+        raise BadInputError(f"{run_dir}: no checkpoint of step {int(step)}; there are: {there or 'none'}")
+    return target
+
+
+def restore(source: Source, device: torch.device | str, dtype: torch.dtype) -> Restored:
+    """Builds the model of `source` on `device` in `dtype`, whole."""
+    config = model_config(source)
+    model = build_model(config, dtype)
+    _fill(model, source)
+    return Restored(model.to(device).eval(), config, processor(source), torch.device(device), dtype)
+
+
+def restore_partitioned(source: Source, device: torch.device, dtype: torch.dtype) -> Restored:
+    """Builds the model of `source` with its weights spread over all ranks by ZeRO-3; each keeps its part."""
+    import deepspeed
+
+    config = model_config(source)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    model = build_model(config, dtype, settings)
+    _fill(model, source)
+    engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
+    return Restored(engine.module.eval(), config, processor(source), device, dtype, partitioned=True)
+
+
+def _fill(model: Phi3VForCausalLM, source: Source) -> None:
+    if not source.is_checkpoint:
+        load_weights(model, source.directory)
+        return
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in checkpoint.read_tensors(source.directory):
+            parameter = parameters.pop(name)
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.copy_(tensor)
+                continue
+            own = parameter.ds_tensor.zero_()  # DeepSpeed 0.19.8: flat, padded at the end of the last rank's
+            start = parameter.ds_zero_partition_rank * own.numel()
+            part = tensor.reshape(-1)[start : start + own.numel()]
+            own.narrow(0, 0, part.numel()).copy_(part)
+    if parameters:
+        raise BadInputError(f"{source.directory}: no tensor {next(iter(parameters))}; not of this model")
+
+
+def answer_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def restore_for_answers(source: Source) -> Restored:
+    """Whole, on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return restore(source, device, answer_dtype(device))
+
+
+def model_config(source: Source) -> Phi3VConfig:
+    """What `source` says of its model."""
+    if source.is_checkpoint:
+        return Phi3VConfig(**checkpoint.read_meta(source.directory)["model_config"])
+    return load_config(source.directory)
+
+
+def processor(source: Source) -> Phi3VProcessor:
+    """The tokenizer and image processor of `source`."""
+    if not source.is_checkpoint:
+        return Phi3VProcessor.from_pretrained(source.directory)
+    meta: dict[str, Any] = checkpoint.read_meta(source.directory)
+    tokenizer = load_tokenizer(source.directory)
+    return Phi3VProcessor(tokenizer=tokenizer, num_crops=meta["num_crops"], tile=model_config(source).tile)

@@ -1,0 +1,149 @@
+"""DeepSpeed as this project uses it: ZeRO stage 3, its own loop around it.
+
+In: the run's configuration and the mesh. Out: the configuration dict and the engine. Called by the train
+loop, and by evaluation with partitioned weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+
+from phi3v_dist.budget.memory import MAX_LIVE, REDUCE_BUCKET
+from phi3v_dist.config import RunConfig
+from phi3v_dist.engine.nvme import swap_dir
+from phi3v_dist.parallel.mesh import Mesh
+
+# Elements fetched ahead, about a decoder layer of the published model (113 million).
+PREFETCH_BUCKET = 125_000_000
+
+
+def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run. accumulation: micro-steps of an optimizer step.
+
+    DeepSpeed averages gradients over all ranks and micro-steps; the loop scales the loss accordingly. It is
+    not told of sequence parallelism: every rank's gradient is that of its own positions. Gradients are
+    reduced and accumulated in float32.
+    """
+    parallel = config.parallel
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "reduce_scatter": True,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
+        "stage3_max_live_parameters": MAX_LIVE,
+        "stage3_max_reuse_distance": MAX_LIVE,
+        "stage3_param_persistence_threshold": parallel.persistence_threshold,
+    }
+    pinned = torch.cuda.is_available()
+    if parallel.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    elif parallel.offload_optimizer == "nvme":
+        zero["offload_optimizer"] = {
+            "device": "nvme",
+            "nvme_path": str(swap_dir(config)),
+            "pin_memory": pinned,
+            "buffer_count": 4,  # float32 weights, their gradients, two moments
+        }
+    if parallel.offload_params == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.grad_clip,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the host; it needs no compiler
+        "zero_optimization": zero,
+    }
+
+
+def prepare_deepspeed(mesh: Mesh) -> None:
+    """Imports DeepSpeed and hands it the process group that exists. On the CPU without its compiled
+    extension.
+
+    The shared-memory collectives of the CPU build need a compiler and 24 s at first use (DeepSpeed 0.19.8).
+    """
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # torch 2.13 on DeepSpeed's collectives, each call
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    if mesh.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+def make_engine(
+    model: torch.nn.Module, groups: list[dict[str, Any]], config: RunConfig, accumulation: int
+) -> Any:
+    """The DeepSpeedEngine around `model`, with AdamW over the parameter `groups` (lr and weight_decay in
+    each).
+    """
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_modules
+    from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+
+    # A layer's weights are gathered together: a tenth of the hooks and collectives of module by module.
+    # Not so CLIP's: they run several times in a forward, and a leaf's gradients are reduced after each run
+    # (DeepSpeed 0.19.8 then finds a parameter twice in its bucket, and stops).
+    set_z3_leaf_modules(model, [Phi3DecoderLayer])
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.train.lr,
+        betas=(config.train.betas[0], config.train.betas[1]),
+        eps=config.train.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=zero_config(config, accumulation), dist_init_required=False
+    )
+    _check_gradient_scale(engine)
+    return engine
+
+
+def _check_gradient_scale(engine: Any) -> None:
+    """Raises RuntimeError unless gradients are averaged over all ranks, once, as the loop's scale assumes.
+
+    DeepSpeed 0.19.8 scales them otherwise below stage 3, without reduce_scatter, and where it is told of
+    sequence parallelism.
+    """
+    found = {
+        "stage": engine.zero_optimization_stage(),
+        "reduce_scatter": engine.zero_reduce_scatter(),
+        "sequence_parallel_size": int(engine.optimizer.sequence_parallel_size),
+        "averaged over ranks": torch.distributed.get_world_size(engine.optimizer.dp_process_group),
+        "predivide": float(engine.gradient_predivide_factor()),
+    }
+    wanted = {
+        "stage": 3,
+        "reduce_scatter": True,
+        "sequence_parallel_size": 1,
+        "averaged over ranks": torch.distributed.get_world_size(),
+        "predivide": 1.0,
+    }
+    if found != wanted:
+        raise RuntimeError(f"DeepSpeed would scale gradients otherwise: {found}, expected {wanted}")
+
+
+def partitioned_fraction(engine: Any, mesh: Mesh) -> float:
+    """Elements of the trainable weights that this rank keeps, as a part of all: 1 / ranks and some padding.
+
+    Raises RuntimeError if it is more, that is if ZeRO-3 has not partitioned them.
+    """
+    held = sum(engine.optimizer.fp16_partitioned_groups_flat_numel)
+    total = sum(p.ds_numel for group in engine.optimizer.fp16_groups for p in group)
+    if held > total / mesh.size * 1.05 + len(engine.optimizer.fp16_groups) * 4096:
+        raise RuntimeError(
+            f"ZeRO-3 keeps {held:,} of {total:,} weights on one of {mesh.size} ranks; not partitioned"
+        )
+    return float(held / total)

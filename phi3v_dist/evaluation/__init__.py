@@ -1,0 +1,1 @@
+"""Loss, answers and scores of a split, in training and afterwards."""

@@ -1,0 +1,62 @@
+"""Which parameters learn, how fast, and when: frozen groups, adapters, parameter groups, the learning-rate
+schedule. Names and arithmetic.
+
+Called by the train loop, and by what works out its memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from phi3v_dist.config import Group, TrainConfig
+from phi3v_dist.model.groups import group_of
+
+
+def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups of the parameters that learn: by group and, within it, with and without weight decay.
+
+    Vectors (norms, biases, separators) are not decayed. Each group has "name" and "lr_scale" for the
+    schedule.
+    """
+    found: dict[tuple[Group, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+            matrix = sum(side > 1 for side in shape) > 1
+            found.setdefault((group_of(name), matrix), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": f"{group}{'' if matrix else ' vectors'}",
+            "lr_scale": config.lr_scale.get(group, 1.0),
+            "lr": config.lr * config.lr_scale.get(group, 1.0),
+            "weight_decay": config.weight_decay if matrix else 0.0,
+        }
+        for (group, matrix), parameters in sorted(found.items(), key=lambda item: item[0])
+    ]
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `total`: linear warm-up, then cosine."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, total - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / span)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def set_learning_rate(groups: Sequence[dict[str, Any]], rate: float) -> None:
+    """Gives every group `rate` times its lr_scale."""
+    for group in groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def group_rates(engine: Any) -> dict[str, float]:
+    """The learning rate of each group (vision, projector, decoder) of a DeepSpeed engine that learns."""
+    return {
+        str(group["name"]).removesuffix(" vectors"): group["lr"] for group in engine.optimizer.param_groups
+    }

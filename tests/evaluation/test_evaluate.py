@@ -1,0 +1,221 @@
+"""Answers by generation: the same at any number of ranks, every sample once, pictures that change places."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from phi3v_dist.checkpoint.restore import Restored, find_source, restore
+from phi3v_dist.config import load_config
+from phi3v_dist.evaluation.evaluate import How, evaluate, write_evaluation
+from phi3v_dist.evaluation.generate import answer, answer_all, ask
+from phi3v_dist.evaluation.prompts import Questions, Shape, make_batches, read_split
+from phi3v_dist.export import export
+from phi3v_dist.model.hub import load_config as load_model_config
+from phi3v_dist.pretrained import Pretrained, model_config_of, prepare_pretrained
+from shards.build import BuildOptions, build
+from shards.common.errors import BadInputError
+from shards.format.index import read_index
+from shards.sample import make_catalogue
+from tests.alone import ALONE
+from tests.evaluation.evaluate_rank import HOW
+from tests.ranks import finish, start
+
+
+@pytest.fixture
+def pretrained(tiny_config: Path) -> Pretrained:
+    config = load_config(tiny_config, ["data.num_crops=4"])
+    return prepare_pretrained(config, config.run_dir, ALONE)
+
+
+@pytest.fixture
+def restored(pretrained: Pretrained) -> Restored:
+    return restore(find_source(pretrained.model_dir), "cpu", torch.float32)
+
+
+def questions_of(products: Path, split: str, number: int) -> Questions:
+    return Questions(read_split([str(products)], split, None).take(range(number)))
+
+
+def test_a_new_model_is_made_once_and_the_same_for_the_same_seed(
+    tiny_config: Path, pretrained: Pretrained
+) -> None:
+    config = load_config(tiny_config, ["data.num_crops=4"])
+    first = (pretrained.model_dir / "model.safetensors").read_bytes()
+    stamp = (pretrained.model_dir / "model.safetensors").stat().st_mtime_ns
+    prepare_pretrained(config, config.run_dir, ALONE)
+    assert (pretrained.model_dir / "model.safetensors").stat().st_mtime_ns == stamp
+    other = config.run_dir.parent / "other"
+    again = prepare_pretrained(config, other, ALONE)
+    assert (again.model_dir / "model.safetensors").read_bytes() == first
+    assert load_model_config(again.model_dir).pad_token_id == pretrained.tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("change", ["seed=5", "model.config.num_hidden_layers=1", "data.num_crops=2"])
+def test_a_model_of_another_configuration_is_made_anew(
+    tiny_config: Path, pretrained: Pretrained, change: str, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config, ["data.num_crops=4", change])
+    before = {file.name: file.read_bytes() for file in pretrained.model_dir.iterdir()}
+    again = prepare_pretrained(config, config.run_dir, ALONE)
+    elsewhere = prepare_pretrained(config, tmp_path / "fresh", ALONE)
+    after = {file.name: file.read_bytes() for file in again.model_dir.iterdir()}
+    assert after != before
+    assert after == {file.name: file.read_bytes() for file in elsewhere.model_dir.iterdir()}
+
+
+def test_a_tokenizer_of_other_data_is_made_anew_and_so_is_one_half_made(
+    tiny_config: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config, ["data.num_crops=4"])
+    first = (pretrained.tokenizer_dir / "tokenizer.json").read_bytes()
+    make_catalogue(tmp_path / "catalogue", 20, seed=7)
+    build(str(tmp_path / "catalogue/products.csv"), str(tmp_path / "others"), BuildOptions())
+    others = load_config(tiny_config, ["data.num_crops=4", f"data.path={tmp_path / 'others'}"])
+    prepare_pretrained(others, config.run_dir, ALONE)
+    assert (pretrained.tokenizer_dir / "tokenizer.json").read_bytes() != first
+    (pretrained.tokenizer_dir / "made-of.json").unlink()
+    prepare_pretrained(config, config.run_dir, ALONE)
+    assert (pretrained.tokenizer_dir / "tokenizer.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("hiden_size", "unknown key model.config.hiden_size; did you mean hidden_size?"),
+        ("clip_vision_config.num_layers", "clip_vision_config.num_layers; did you mean num_hidden_layers?"),
+    ],
+)
+def test_a_misspelt_key_of_a_new_model_is_refused(tiny_config: Path, key: str, words: str) -> None:
+    config = load_config(tiny_config, [f"model.config.{key}=3"])
+    for make in (model_config_of, lambda config: prepare_pretrained(config, config.run_dir, ALONE)):
+        with pytest.raises(BadInputError, match=re.escape(words)):
+            make(config)
+
+
+def test_samples_are_told_apart_by_a_field_of_their_meta(products: Path) -> None:
+    codes = questions_of(products, "train", 5).parts("product_code")
+    assert len(set(codes)) == 5 and None not in codes
+    assert questions_of(products, "train", 5).parts("no_such_field") == [None] * 5
+
+
+def test_answers_do_not_depend_on_what_shares_the_batch(products: Path, restored: Restored) -> None:
+    questions = questions_of(products, "train", 5)
+    alone = [answer(restored, questions.read([place]), 12)[0] for place in range(5)]
+    assert answer_all(restored, questions, ALONE, 4, 12)[0] == alone
+    assert answer(restored, questions.read([4, 1, 2]), 12) == [alone[4], alone[1], alone[2]]
+
+
+def test_answers_near_the_switch_of_the_rope_factors_are_those_of_each_alone(
+    products: Path, restored: Restored
+) -> None:
+    questions = questions_of(products, "train", 6)
+    processor = restored.processor
+    shapes = questions.shapes(processor.tokenizer, processor.num_crops, processor.tile)
+    read = questions.read(range(6))
+    inputs = [processor(q.prompt, list(q.pictures), return_tensors="pt") for q in read]
+    assert [shape.tokens for shape in shapes] == [each["input_ids"].shape[1] for each in inputs]
+    # a model whose factors switch in the midst of these prompts and their answers
+    middle = sorted(shape.tokens for shape in shapes)[3] + 4
+    restored.config.original_max_position_embeddings = middle
+    restored.model.config.original_max_position_embeddings = middle
+    restored.model.model.rope.original_max = middle
+    alone = [answer(restored, [question], 12)[0] for question in read]
+    assert answer_all(restored, questions, ALONE, 6, 12)[0] == alone
+
+
+def test_batches_keep_apart_what_would_change_its_neighbours() -> None:
+    sizes = [(10, 1), (95, 1), (97, 1), (120, 1), (130, 1), (11, 0), (12, 200), (13, 100)]
+    shapes = [Shape(tokens, views, min(1, views)) for tokens, views in sizes]
+    batches = make_batches(shapes, 4, 8, 100)
+    assert sorted(place for batch in batches for place in batch.places) == list(range(8))
+    assert {batch.places for batch in batches} == {(4, 3), (1,), (2,), (7,), (6, 0), (5,)}
+    assert {batch.places for batch in batches if batch.switches} == {(1,), (2,)}
+    assert [batch.places for batch in batches if not batch.pictures] == [(5,)]
+
+
+def test_a_question_ends_where_the_reply_begins(products: Path) -> None:
+    questions = questions_of(products, "val", 1)
+    (question,) = questions.read([0])
+    assert question.prompt.endswith("<|end|>\n<|assistant|>\n")
+    assert question.truth == questions.truths[0] and question.truth not in question.prompt
+
+
+def test_swapped_pictures_are_all_others(products: Path) -> None:
+    questions = questions_of(products, "train", 20)
+    swapped = questions.swapped(0)
+    assert swapped.truths == questions.truths
+    ours, theirs = questions._pictures_of, swapped._pictures_of
+    assert all(a != b for a, b in zip(ours, theirs, strict=True)) and sorted(theirs) == ours
+    assert questions.swapped(0)._pictures_of == theirs
+    a, b = questions.read([theirs[3]])[0], swapped.read([3])[0]
+    assert a.pictures[0].tobytes() == b.pictures[0].tobytes() and a.key != b.key
+
+
+def test_every_sample_is_answered_once_and_written(
+    products: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    source = find_source(pretrained.model_dir)
+    index = read_index(str(products), "val")
+    result = evaluate(source, str(products), How(batch_size=4, max_new_tokens=6), ALONE)
+    assert [row["key"] for row in result.rows] == index["key"].to_pylist()
+    assert result.baseline is not None and result.baseline.values["price_parse_rate"] == 1
+    assert result.swapped is not None and result.swapped.samples == index.num_rows
+    assert sum(scores.samples for scores in result.by_slice.values()) == index.num_rows
+    write_evaluation(result, tmp_path / "eval")
+    lines = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == index["key"].to_pylist()
+    written = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    assert written["scores"]["samples"] == index.num_rows and written["scores"]["loss"] == result.loss
+    table = pq.read_table(tmp_path / "eval" / "predictions.parquet")
+    assert table["key"].to_pylist() == index["key"].to_pylist()
+    assert all(data.startswith(b"\xff\xd8") for data in table["picture"].to_pylist())
+    how = How(
+        split="train", samples=3, swap=False, loss=False, metrics=("anls",), batch_size=4, max_new_tokens=4
+    )
+    few = evaluate(source, str(products), how, ALONE)
+    assert few.scores.samples == 3 and few.swapped is None and list(few.scores.values) == ["anls"]
+
+
+def test_any_number_of_ranks_gives_the_same_files(
+    products: Path, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"  # a picture that only one rank reads
+    shutil.copytree(products, damaged)
+    record = read_index(str(damaged), "train").slice(0, 1).to_pylist()[0]
+    with (damaged / record["shard"]).open("r+b") as stream:
+        stream.seek(record["images"][0]["offset"])
+        stream.write(b"\0" * record["images"][0]["length"])
+    run = [str(pretrained.model_dir), str(products), str(damaged), str(tmp_path)]
+    code, output = finish(start(4, str(Path(__file__).with_name("evaluate_rank.py")), *run))
+    assert code == 0, output[-3000:]
+    write_evaluation(
+        evaluate(find_source(pretrained.model_dir), str(products), HOW, ALONE), tmp_path / "alone"
+    )
+    for name in ("predictions.jsonl", "predictions.parquet", "scores.json"):
+        found = {(tmp_path / way / name).read_bytes() for way in ("alone", "whole", "partitioned")}
+        assert len(found) == 1, name
+    refused = [(tmp_path / f"refused-{rank}").read_text() for rank in range(4)]
+    assert len(set(refused)) == 1 and f"sample {record['key']!r}" in refused[0]
+
+
+def test_what_cannot_be_used_is_refused(
+    products: Path, restored: Restored, pretrained: Pretrained, tmp_path: Path
+) -> None:
+    source = find_source(pretrained.model_dir)
+    with pytest.raises(BadInputError, match="undecodable"):
+        ask(restored, b"not a picture", "What?", 4)
+    with pytest.raises(BadInputError, match="no split 'test'"):
+        evaluate(source, str(products), How(split="test"), ALONE)
+    with pytest.raises(BadInputError, match="no metric 'prise'"):
+        evaluate(source, str(products), How(metrics=("prise",)), ALONE)
+    with pytest.raises(BadInputError, match="neither a run, nor a checkpoint"):
+        find_source(tmp_path)
+    with pytest.raises(BadInputError, match="is no run"):
+        find_source(f"{pretrained.model_dir}:best")
+    with pytest.raises(BadInputError, match="a model directory already"):
+        export(source, tmp_path / "out")

@@ -1,0 +1,28 @@
+"""Files are whole or absent; a directory has one writer."""
+
+from pathlib import Path
+
+import pytest
+
+from shards.common.errors import BadInputError
+from shards.common.files import partial_path, write_atomically
+from shards.common.locks import alone_in
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_atomically(path, b"one")
+    partial_path(path).write_bytes(b"left by a killed process")
+    write_atomically(path, b"two", durable=False)
+    assert path.read_bytes() == b"two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_second_writer_is_refused(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path),
+        pytest.raises(BadInputError, match="another process is writing here"),
+        alone_in(tmp_path),
+    ):
+        pass
+    with alone_in(tmp_path):
+        pass
