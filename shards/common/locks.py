@@ -1,18 +1,65 @@
-"""Locks: a directory is one process's at a time."""
+"""Locks between processes, on one node or on storage that several nodes share. The system lets go of a lock when
+its holder dies.
+
+`take_lock` locks a file of its own; `alone_in` a whole directory, which readers may share.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
+
 from shards.common.errors import BadInputError
 
+LockTimeoutError = filelock.Timeout
 _PATIENCE = 2.0  # seconds
+_log = logging.getLogger(__name__)
+
+
+def take_lock(file: Path, *, timeout_s: float = -1) -> filelock.BaseFileLock | None:
+    """Locks `file`, which is made if need be and stays; release it with `.release()` or use it as a context.
+
+    timeout_s: seconds to wait for its holder, 0 for one attempt, negative for ever. Out: the lock; None, with a
+    warning, on a file system that has no locks. Raises LockTimeoutError.
+    """
+    # No soft lock: it would outlive a holder that is killed.
+    lock = filelock.FileLock(
+        file,
+        timeout=timeout_s,
+        mode=0o666,
+        thread_local=False,
+        fallback_to_soft=False,
+        preserve_lock_file=True,
+    )
+    try:
+        lock.acquire()
+    except LockTimeoutError:
+        raise
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        _log.warning("%s: this file system has no locks (%s); do not start a job twice", file, error)
+        return None
+    return lock
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, timeout_s: float = -1) -> Iterator[None]:
+    """The context holds the lock of `take_lock`. Raises LockTimeoutError."""
+    lock = take_lock(file, timeout_s=timeout_s)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 @contextlib.contextmanager

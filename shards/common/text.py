@@ -6,3 +6,15 @@ from __future__ import annotations
 def first_line(error: BaseException) -> str:
     """What an exception of another library says, on one line; its kind if it says nothing."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: object) -> str:
+    """The whole text of an error (or anything else) on one line."""
+    return " ".join(str(error).split())
+
+
+def error_text(error: BaseException) -> str:
+    """An error for a log or a message to the user: of a file "reason: path", of anything else "Kind: text"."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {one_line(error)}"
