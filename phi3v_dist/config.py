@@ -261,12 +261,11 @@ class EvalConfig(Section):
 
     every_steps: optimizer steps between evaluations, 0 for one at the end alone. loss_samples: so many have
     their loss taken. generate_samples: so many are answered. max_new_tokens: longest answer. batch_size:
-    questions answered together, per rank.
-    metrics: names in phi3v_dist.evaluation.metrics.METRICS, or module:function for your own. slice_by: field
-    of the samples' meta whose values are scored one by one. best_metric: the eval/* metric whose best checkpoint is
-    kept and named `best` (null for none); best_mode: whether less or more of it is better. weights: for the
-    answers whole on every rank, partitioned (slow, for models that do not fit), or auto: whole if there is
-    room.
+    questions answered together, per rank. metrics: names in phi3v_dist.evaluation.metrics.METRICS, or
+    module:function for your own. slice_by: field of the samples' meta whose values are scored one by one.
+    best_metric: the eval/* metric whose best checkpoint is kept and named `best` (null for none); best_mode:
+    whether less or more of it is better. weights: for the answers whole on every rank, partitioned (slow, for
+    models that do not fit), or auto: whole if there is room.
     """
 
     every_steps: int = Field(500, ge=0)

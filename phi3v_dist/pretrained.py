@@ -1,11 +1,10 @@
 """Where a run starts: the directory with its first weights and its tokenizer, made on the spot for a new
 model.
 
-In: the configuration. Out: `Pretrained`. For `model.path` nothing is copied. For `model.config`, RUN/init gets
-a directory in the published layout with weights drawn from the seed and RUN/tokenizer, without
+In: the configuration. Out: `Pretrained`. For `model.path` nothing is copied. For `model.config`, RUN/init
+gets a directory in the published layout with weights drawn from the seed and RUN/tokenizer, without
 `model.tokenizer`, a tokenizer trained on the train split. Each says what it was made of, and is made again
-when that has changed. Called by the train loop; `phi3v plan` and `phi3v debug row` need the
-tokenizer alone.
+when that has changed. Called by the train loop; `phi3v plan` and `phi3v debug row` need the tokenizer alone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """torchrun for one node, with two differences that a restartable run needs.
 
-In: `python -m launch.torchrun.agent TORCHRUN_OPTIONS RANK_COMMAND`. Out: the exit code of the first rank
-that failed, where torchrun itself always exits 1. A stop signal (SIGUSR1, SIGTERM, SIGINT) goes on as SIGUSR1 to the ranks
-alone and the agent waits for them; torchrun itself would signal their process groups, data workers included,
-and kill everything 30 seconds later. Called by launch.torchrun.node.
+In: `python -m launch.torchrun.agent TORCHRUN_OPTIONS RANK_COMMAND`. Out: the exit code of the first rank that
+failed, where torchrun itself always exits 1. A stop signal (SIGUSR1, SIGTERM, SIGINT) goes on as SIGUSR1 to
+the ranks alone and the agent waits for them; torchrun itself would signal their process groups, data workers
+included, and kill everything 30 seconds later. Called by launch.torchrun.node.
 """
 
 from __future__ import annotations

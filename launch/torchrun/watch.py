@@ -2,8 +2,8 @@
 
 torchrun starts every rank in a session of its own, so a launcher that is killed outright takes nothing with
 it: the ranks would keep their GPUs. Here every process of a run watches its parent. The ranks
-(launch.torchrun.rank) and each node's torchrun (launch.torchrun.agent) call `watch_parent` first thing; the parent passes its pid in
-PARENT_VARIABLE.
+(launch.torchrun.rank) and each node's torchrun (launch.torchrun.agent) call `watch_parent` first thing; the
+parent passes its pid in PARENT_VARIABLE.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Locks between processes, on one node or on storage that several nodes share. The system lets go of a lock when
-its holder dies.
+"""Locks between processes, on one node or on storage that several nodes share. The system lets go of a lock
+when its holder dies.
 
 `take_lock` locks a file of its own; `alone_in` a whole directory, which readers may share.
 """
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 def take_lock(file: Path, *, timeout_s: float = -1) -> filelock.BaseFileLock | None:
     """Locks `file`, which is made if need be and stays; release it with `.release()` or use it as a context.
 
-    timeout_s: seconds to wait for its holder, 0 for one attempt, negative for ever. Out: the lock; None, with a
-    warning, on a file system that has no locks. Raises LockTimeoutError.
+    timeout_s: seconds to wait for its holder, 0 for one attempt, negative for ever. Out: the lock; None, with
+    a warning, on a file system that has no locks. Raises LockTimeoutError.
     """
     # No soft lock: it would outlive a holder that is killed.
     lock = filelock.FileLock(

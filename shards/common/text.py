@@ -14,7 +14,7 @@ def one_line(error: object) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An error for a log or a message to the user: of a file "reason: path", of anything else "Kind: text"."""
+    """An error for a log or a message to the user: "reason: path", or "Kind: text"."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"{type(error).__name__}: {one_line(error)}"
