@@ -101,7 +101,7 @@ class Questions:
         for record, source in zip(self._records, self._pictures_of, strict=True):
             try:
                 images = self._records[source]["images"]
-                grids = [hd_grid(image["width"], image["height"], num_crops, tile) for image in images]
+                grids = [hd_grid(image["width"], image["height"], num_crops, tile=tile) for image in images]
                 text = encode(tokenizer, record["messages"][:-1], [0] * len(grids), True)
             except BadInputError as error:
                 raise BadInputError(f"sample {record['key']!r}: {error}") from error
