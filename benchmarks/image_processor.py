@@ -24,9 +24,10 @@ from PIL import Image, ImageOps
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.record import Comparison, report
-from phi3v_dist.model.vision import global_views, normalise
 from phi3v_dist.processor.geometry import hd_grid
-from phi3v_dist.processor.image import IMAGE_MEAN, IMAGE_STD, decode_image, hd_tiles
+from phi3v_dist.processor.image import decode_image, hd_tiles
+from phi3v_dist.processor.pixels import global_views, normalise
+from phi3v_dist.processor.preprocessor_config import IMAGE_MEAN, IMAGE_STD
 
 SIDE = 336
 SPEED_BAR, BYTES_BAR = 2.5, 0.25

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from phi3v_dist.data.samples import Samples
 from phi3v_dist.processor.geometry import hd_grid, image_token_count, tile_side_tokens
-from phi3v_dist.processor.prompt import check_text, render, text_pieces
+from phi3v_dist.processor.prompt import check_encodable, render, text_pieces
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
 
@@ -78,10 +78,10 @@ class Counter:
                 grids = [
                     hd_grid(i["width"], i["height"], self.num_crops, tile=self.tile) for i in record["images"]
                 ]
-                check_text(record["messages"], len(grids))
+                check_encodable(record["messages"], len(grids))
             except BadInputError as error:
                 raise BadInputError(f"sample {record['key']!r}: {error}") from error
-            own = text_pieces(render(record["messages"], template=self.template))
+            own = text_pieces(render(record["messages"]))
             pieces += own
             owners += [place] * len(own)
             counts[0, place] = sum(image_token_count(grid.rows, grid.cols, side) for grid in grids)

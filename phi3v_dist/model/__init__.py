@@ -3,14 +3,15 @@
 Importing it makes AutoConfig, AutoModelForCausalLM and AutoProcessor know model_type `phi3_v`.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-import phi3v_dist.processor.processing  # noqa: F401 - registers the processor
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.modeling import Phi3VForCausalLM
 from phi3v_dist.model.row import PackedRow
+from phi3v_dist.processor.processing import Phi3VProcessor
 
 AutoConfig.register(Phi3VConfig.model_type, Phi3VConfig, exist_ok=True)
 AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
 
 __all__ = ["PackedRow", "Phi3VConfig", "Phi3VForCausalLM"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, PretrainedConfig
 
+from phi3v_dist.processor.preprocessor_config import CODE_REPOSITORY
 from shards.common.errors import BadInputError
 
 CLIP_L_14_336: dict[str, Any] = {  # hard-coded in the published modelling code
@@ -25,8 +26,6 @@ CLIP_L_14_336: dict[str, Any] = {  # hard-coded in the published modelling code
     "layer_norm_eps": 1e-5,
     "attention_dropout": 0.0,
 }
-# Loaders that run the model's own code find it there; this package and vLLM bring their own.
-CODE_REPOSITORY = "microsoft/Phi-3-vision-128k-instruct"
 AUTO_MAP = {
     "AutoConfig": f"{CODE_REPOSITORY}--configuration_phi3_v.Phi3VConfig",
     "AutoModelForCausalLM": f"{CODE_REPOSITORY}--modeling_phi3_v.Phi3VForCausalLM",

@@ -28,7 +28,7 @@ from transformers import initialization
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.modeling import EMBEDDING_ALIAS, Phi3VForCausalLM
 from phi3v_dist.processor.geometry import tile_side_tokens
-from phi3v_dist.processor.processing import write_preprocessor_config
+from phi3v_dist.processor.preprocessor_config import write_preprocessor_config
 from phi3v_dist.processor.tokenizer import load_tokenizer, save_tokenizer_config
 from shards.common.errors import BadInputError
 

@@ -17,40 +17,12 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from phi3v_dist.model.configuration import Phi3VConfig
-from phi3v_dist.processor.image import IMAGE_MEAN, IMAGE_STD
+from phi3v_dist.processor.pixels import global_views, normalise
 
 if TYPE_CHECKING:
     from phi3v_dist.parallel.sequence import SequenceGroup
 
 SUB, GLB = -1, -2  # in image_order: the separator behind a row of features, and before the global view
-
-
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 3, H, W] -> float32 of the same shape, (x / 255 - mean) / std as published."""
-    mean = torch.tensor(IMAGE_MEAN, dtype=torch.float32, device=pixels.device)[:, None, None]
-    std = torch.tensor(IMAGE_STD, dtype=torch.float32, device=pixels.device)[:, None, None]
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-
-
-def global_views(tiles: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-    """The global view of each picture: its normalised, padded canvas squeezed to one tile, bicubic.
-
-    tiles: uint8 [tiles, 3, S, S], picture after picture; grids: int64 [pictures, 2]. Out: float32
-    [pictures, 3, S, S].
-    """
-    side = tiles.shape[-1]
-    views = []
-    start = 0
-    for rows, cols in grids.tolist():
-        picture = normalise(tiles[start : start + rows * cols])
-        start += rows * cols
-        canvas = (
-            picture.view(rows, cols, 3, side, side)
-            .permute(2, 0, 3, 1, 4)
-            .reshape(1, 3, rows * side, cols * side)
-        )
-        views.append(F.interpolate(canvas, size=(side, side), mode="bicubic"))
-    return torch.cat(views)
 
 
 class ClipTower(CLIPVisionModel):

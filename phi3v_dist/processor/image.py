@@ -1,9 +1,9 @@
-"""Pixels -> uint8 tiles. Pillow, numpy and the compiled resize; what needs float arithmetic happens later, on
-the device.
+"""Image bytes -> uint8 tiles, with Pillow, numpy and the compiled resize. Float arithmetic (`pixels`) happens
+later, on the device.
 
-`decode_image` is the data path (bytes from a shard, turned upright, refused when unusable). `hd_tiles` does
-to a PIL image what the published processor does up to normalisation, bit for bit. Both avoid copies: on a
-loaded machine fresh memory costs more than the arithmetic.
+`decode_image` reads the bytes from a shard: it turns the image upright and refuses an unusable one.
+`hd_tiles` does to a PIL image what the published processor does before normalisation, bit for bit. Both avoid
+copies: on a busy machine, fresh memory costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -19,31 +19,29 @@ from shards.common.errors import BadInputError
 from shards.common.grey import eight_bits, is_deep
 
 MAX_PIXELS = 100_000_000
-# Not all that Pillow reads: it runs Ghostscript for EPS, and its rare formats are the least tested.
+# Fewer than Pillow reads: it runs Ghostscript for EPS, and its rare formats are the least tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of the published model
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in `data` as RGB, upright (EXIF orientation applied), transparency laid over white.
+    """The image in `data` as RGB, upright (EXIF orientation applied), transparency laid over white.
 
-    16-bit grey is scaled to 8 bits, CMYK converted. Raises BadInputError if it is of none of FORMATS, cannot
-    be decoded, is animated, or has no or more than `max_pixels` pixels (checked before decoding).
+    16-bit grey is scaled to 8 bits, CMYK is converted. Raises BadInputError if the image has none of FORMATS,
+    cannot be decoded, is animated, or has 0 or more than `max_pixels` pixels (checked before decoding).
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             width, height = opened.size
             if width < 1 or height < 1:
-                raise BadInputError(f"a picture of {width}x{height} px has no pixels; drop it")
+                raise BadInputError(f"an image of {width}x{height} px has no pixels; drop it")
             if width * height > max_pixels:
                 raise BadInputError(
                     f"{width}x{height} px is over the cap of {max_pixels} pixels; "
                     "scale it down or raise the cap"
                 )
-            # Phones write MPO: a JPEG whose further frames are previews of the first.
+            # Phones write MPO: a JPEG whose other frames are previews of the first.
             if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
-                raise BadInputError("animated or many-page picture; extract the frame you mean")
+                raise BadInputError("animated or multi-page image; extract the frame you need")
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
             return _to_rgb(opened)
@@ -52,10 +50,10 @@ def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Imag
     except UnidentifiedImageError as error:
         start = bytes(data[:16])
         raise BadInputError(
-            f"undecodable picture: none of {', '.join(FORMATS)} (it starts with {start!r}); convert it"
+            f"undecodable image: none of {', '.join(FORMATS)} (it starts with {start!r}); convert it"
         ) from error
     except Exception as error:  # Pillow's decoders raise many types on damaged data
-        raise BadInputError(f"undecodable picture ({type(error).__name__}: {error})") from error
+        raise BadInputError(f"undecodable image ({type(error).__name__}: {error})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -69,10 +67,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def hd_tiles(image: Image.Image, num_crops: int, tile: int = TILE) -> np.ndarray:
-    """The tiles of the resized, white-padded picture, row-major: uint8 [rows * cols, 3, tile, tile],
+    """The tiles of the resized, white-padded image, row-major: uint8 [rows * cols, 3, tile, tile],
     contiguous.
 
-    Alpha is dropped and EXIF ignored, as published; `decode_image` deals with both beforehand. Raises
+    Alpha is dropped and EXIF is ignored, as published; `decode_image` has handled both before. Raises
     BadInputError as `hd_grid`.
     """
     grid = hd_grid(*image.size, num_crops, tile=tile)
@@ -84,14 +82,15 @@ def hd_tiles(image: Image.Image, num_crops: int, tile: int = TILE) -> np.ndarray
     if resample.available():
         width, height = grid.resized_width, grid.resized_height
         size = (height, width) if grid.transposed else (width, height)
-        resample.resample_into(tiles, rgb, size, (left, top), rows_first=grid.transposed)
+        resample.resample_into(tiles, rgb, size, corner=(left, top), rows_first=grid.transposed)
     else:
-        _resize_with_pillow(tiles, rgb, grid, top, left)
+        _resize_with_pillow(tiles, rgb, grid, top=top, left=left)
     return tiles.reshape(grid.rows * grid.cols, 3, tile, tile)
 
 
-def _resize_with_pillow(tiles: np.ndarray, rgb: Image.Image, grid: HDGrid, top: int, left: int) -> None:
-    # A portrait is resized with x and y swapped: Pillow rounds between its two passes, so the order shows.
+def _resize_with_pillow(tiles: np.ndarray, rgb: Image.Image, grid: HDGrid, *, top: int, left: int) -> None:
+    # A portrait is resized with x and y swapped: Pillow rounds between its two passes, so their order changes
+    # the result.
     tile, swap = tiles.shape[-1], Image.Transpose.TRANSPOSE
     if grid.transposed:
         rgb = rgb.transpose(swap)
@@ -111,5 +110,5 @@ def _resize_with_pillow(tiles: np.ndarray, rgb: Image.Image, grid: HDGrid, top: 
 
 
 def blank_tiles(grid: HDGrid, tile: int) -> np.ndarray:
-    """Stands in for a picture that cannot be read: zeros of the planned shape, uint8."""
+    """Stands in for an image that cannot be read: zeros, uint8 [rows * cols, 3, tile, tile]."""
     return np.zeros((grid.rows * grid.cols, 3, tile, tile), dtype=np.uint8)

@@ -1,7 +1,7 @@
 """The tokenizer: loaded so that it gives the published ids, or trained for a tiny model.
 
-transformers 5.23's AutoTokenizer builds a rewritten LlamaTokenizer from Phi-3's files, with other ids for 13
-of 23 probe strings. `PreTrainedTokenizerFast` on tokenizer.json itself is exact, whatever the version.
+AutoTokenizer of transformers 5.23 builds a rewritten LlamaTokenizer from Phi-3's files, which gives other ids
+for 13 of 23 test strings. `PreTrainedTokenizerFast` on tokenizer.json itself is exact with every version.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SPECIAL = {
     "pad_token": "<|endoftext|>",
     "unk_token": "<unk>",
 }
-# Of the published vocabulary; True where white space after the token is swallowed (rstrip).
+# Special tokens of the published vocabulary; True where white space after the token is removed (rstrip).
 _TINY_TOKENS = {
     "<unk>": False,
     "<s>": False,
@@ -46,7 +46,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint directory (tokenizer.json), with Phi-3's special tokens and chat
     template.
 
-    Raises BadInputError if there is no tokenizer.json or it is not Phi-3's.
+    Raises BadInputError if tokenizer.json is missing, unreadable, or lacks Phi-3's special tokens.
     """
     file = Path(directory) / "tokenizer.json"
     if not file.exists():
@@ -66,7 +66,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
 
 
 def copy_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Writes tokenizer.json and its two configs to `directory`."""
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json to `directory`."""
     tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
     save_tokenizer_config(directory)
 
@@ -90,10 +90,10 @@ def save_tokenizer_config(directory: Path) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], directory: Path, vocab_size: int) -> None:
-    """Trains a small BPE on `texts` for a tiny model and writes it to `directory`; deterministic.
+    """Trains a small BPE tokenizer on `texts` for a tiny model and writes it to `directory`; deterministic.
 
-    Normaliser, decoder, `<s>` before every piece and the special tokens are Phi-3's; ids are its own. Words
-    do not merge with each other and digits stay single.
+    Normaliser, decoder, special tokens and the `<s>` before every piece are those of Phi-3; the ids are not.
+    No token spans two words, and each digit is a token. vocab_size: tokens at most, special ones included.
     """
     from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from phi3v_dist.model.vision import global_views, normalise
 from phi3v_dist.processor.geometry import image_token_count, vision_calls_needed
+from phi3v_dist.processor.pixels import global_views, normalise
 from shards.common.errors import BadInputError
 
 

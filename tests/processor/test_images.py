@@ -124,7 +124,7 @@ def test_phone_pictures_with_previews_are_their_first_frame() -> None:
     [
         (b"", "undecodable"),
         (b"GIF89a nonsense", "undecodable"),
-        (b"<html>not found", r"undecodable picture: none of JPEG, PNG, .*starts with b'<html>not found'"),
+        (b"<html>not found", r"undecodable image: none of JPEG, PNG, .*starts with b'<html>not found'"),
         (encoded(Image.new("RGB", (8, 8)), "EPS"), "none of JPEG"),  # Ghostscript would be run for it
         (encoded(Image.new("RGB", (64, 64), "red"), "JPEG")[:300], "undecodable"),
         (encoded(Image.effect_noise((64, 64), 50), "PNG")[:900], "undecodable"),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,9 +11,10 @@ from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, AutoTokenizer
 
 from phi3v_dist.model import Phi3VConfig
-from phi3v_dist.model.vision import normalise
+from phi3v_dist.processor.image import hd_tiles
+from phi3v_dist.processor.pixels import normalise
 from phi3v_dist.processor.processing import Phi3VProcessor
-from phi3v_dist.processor.prompt import encode, render, seed_messages
+from phi3v_dist.processor.prompt import IGNORE, encode, render, reply_spans
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from shards.common.errors import BadInputError
 
@@ -33,12 +35,12 @@ def picture(name: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("case", EXPECTED["cases"], ids=lambda case: f"{case['name']}-{case['num_crops']}")
-@pytest.mark.filterwarnings("ignore:the text names pictures")
+@pytest.mark.filterwarnings("ignore:the text names images")
 def test_ids_are_the_published_ones(tokenizer, case) -> None:
     processor = Phi3VProcessor(tokenizer, num_crops=case["num_crops"])
     images = [picture(name) for name in case["images"]]
     if "error" in case:
-        with pytest.raises(BadInputError, match="picture"):
+        with pytest.raises(BadInputError, match="image"):
             processor(case["text"], images)
         return
     inputs = processor(case["text"], images, return_tensors="pt")
@@ -112,40 +114,23 @@ def test_training_ids_continue_the_generation_prompt(tokenizer) -> None:
     assert prompt.labels[-1] == -100
 
 
-def test_seed_template_is_byte_exact(tokenizer) -> None:
-    messages = seed_messages("Check Cotton Shirt", "SHIRTS", 450.0)
-    text = (
-        "<|user|>\n<|image_1|>What is shown in this image?<|end|><|assistant|>\n"
-        "Product: Check Cotton Shirt, Category: SHIRTS, Full Price: 450.0<|end|>"
-    )
-    assert render(messages, template="seed") == text
-    encoded = encode(tokenizer, messages, [313], template="seed")
-    assert encoded.input_ids == Phi3VProcessor(tokenizer, 1)(text, picture("sq336"))["input_ids"][0].tolist()
-    learnt = [token for token in encoded.labels if token != -100]
-    assert (
-        tokenizer.decode(learnt) == "Product: Check Cotton Shirt, Category: SHIRTS, Full Price: 450.0<|end|>"
-    )
-    with pytest.raises(BadInputError, match="no prompt template 'Seed'; choose one of chat, seed"):
-        render(messages, template="Seed")
-
-
 @pytest.mark.parametrize(
-    ("contents", "pictures", "says"),
+    ("contents", "images", "says"),
     [
         (["no tag", "ok"], 1, "names none; it must name <.image_1.>"),
-        (["<|image_1|>", "ok"], 0, "0 picture.s. but the text names <.image_1.>"),
+        (["<|image_1|>", "ok"], 0, "0 image.s. but the prompt names <.image_1.>"),
         (["<|image_2|> <|image_1|>", "ok"], 2, "in order"),
         (["<|image_1|> <|image_1|>", "ok"], 1, "once each"),
         (["<|image_1|> <|image_3|>", "ok"], 2, "names <.image_1.> <.image_3.>"),
-        (["hi", "<|image_1|>"], 1, "stands in a reply"),
+        (["hi", "<|image_1|>"], 1, "stands in the assistant's reply"),
         (["hi<|end|>", "ok"], 0, "control token <.end.>"),
         (["hi", "ok<|endoftext|>"], 0, "control token <.endoftext.>"),
     ],
 )
-def test_messages_that_would_mislead_are_refused(tokenizer, contents, pictures, says) -> None:
+def test_messages_that_would_mislead_are_refused(tokenizer, contents, images, says) -> None:
     messages = [{"role": "user", "content": contents[0]}, {"role": "assistant", "content": contents[1]}]
     with pytest.raises(BadInputError, match=says) as refused:
-        encode(tokenizer, messages, [4] * pictures)
+        encode(tokenizer, messages, [4] * images)
     assert "\n" not in str(refused.value)
 
 
@@ -159,18 +144,41 @@ def test_the_processor_refuses_what_would_be_ignored(tokenizer) -> None:
         processor("<|image_2|><|image_1|>", [picture("sq336"), picture("tiny100x37")])
 
 
-def test_packed_friendly_form_says_the_same_in_a_quarter_of_the_bytes(tokenizer) -> None:
+def test_training_sees_the_ids_and_tiles_of_the_processor_in_a_quarter_of_the_bytes(tokenizer) -> None:
     processor = Phi3VProcessor(tokenizer, 4)
     images = [picture("land640x480"), picture("wide1344x336")]
-    packed = processor.training_inputs(CHAT, images)
     whole = processor(render(CHAT), images)
-    assert packed["input_ids"].tolist() == whole["input_ids"][0].tolist()
-    assert packed["tiles"].dtype == torch.uint8
-    assert (packed["grids"] * 336).tolist() == whole["image_sizes"].tolist()
-    assert torch.equal(normalise(packed["tiles"][:4]), whole["pixel_values"][0, 1:5])
-    assert packed["tiles"].nbytes * 4 <= whole["pixel_values"].nbytes
-    text = processor.training_inputs([CHAT[3], CHAT[4]])
-    assert len(text["tiles"]) == len(text["grids"]) == 0
+    encoded = encode(tokenizer, CHAT, processor.image_tokens(images))
+    assert encoded.input_ids == whole["input_ids"][0].tolist()
+    tiles = [torch.from_numpy(hd_tiles(image, 4)) for image in images]
+    for made, views in zip(tiles, whole["pixel_values"], strict=True):
+        assert made.dtype == torch.uint8 and torch.equal(normalise(made), views[1 : len(made) + 1])
+    assert sum(made.nbytes for made in tiles) * 4 <= whole["pixel_values"].nbytes
+
+
+def test_reply_spans_agree_with_reading_the_ids_one_by_one() -> None:
+    class Two:
+        @staticmethod
+        def convert_tokens_to_ids(token: str) -> int:
+            return {"<|assistant|>": 1, "<|end|>": 2}[token]
+
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        ids = random.integers(-1, 5, 40)
+        documents = np.sort(random.integers(0, 4, 40))
+        labels, start = [IGNORE] * 40, None
+        for place in range(40):
+            if place and documents[place] != documents[place - 1]:
+                start = None
+            if ids[place] == 1:
+                start = place + 1
+            elif ids[place] == 2 and start is not None:
+                labels[start : place + 1] = ids[start : place + 1].tolist()
+                start = None
+        found = [IGNORE] * 40
+        for first, stop in zip(*reply_spans(Two, ids, documents), strict=True):
+            found[first:stop] = ids[first:stop].tolist()
+        assert found == labels
 
 
 def test_saved_processor_loads_again_and_through_auto_processor(tokenizer, tmp_path) -> None:
