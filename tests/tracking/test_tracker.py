@@ -248,7 +248,7 @@ def test_the_best_evaluation_outlives_a_restart(run_dir: Path) -> None:
     ours = config(run_dir, "disabled", "eval.best_metric=eval/f1", "eval.best_mode=max")
     best = BestSoFar(ours, ALONE)
     assert best.improves({"eval/f1": 0.5}, nothing) and not best.improves({"eval/loss": 1.0}, nothing)
-    write = best.note(10, {"eval/f1": 0.5})
+    write = best.record_when_saved(10, {"eval/f1": 0.5})
     assert not (run_dir / "eval/best.json").exists(), "it is written down when its checkpoint is there"
     write()
     again = BestSoFar(ours, ALONE)
@@ -260,7 +260,7 @@ def test_the_best_evaluation_outlives_a_restart(run_dir: Path) -> None:
 
 def test_an_evaluation_is_not_the_best_if_its_checkpoint_failed(run_dir: Path) -> None:
     best = BestSoFar(config(run_dir, "disabled"), ALONE)
-    best.note(10, {"eval/loss": 1.0})
+    best.record_when_saved(10, {"eval/loss": 1.0})
     assert not best.improves({"eval/loss": 2.0}, lambda: True), "that one is still being written"
     assert best.improves({"eval/loss": 2.0}, nothing), "it is not there"
 
