@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -173,7 +173,7 @@ def evaluate(
         str, typer.Argument(help="A run (RUN:best, RUN:1500), a checkpoint, or a model directory.")
     ],
     dataset: Annotated[str, typer.Argument(help="A dataset directory of phi3v shards build.")],
-    split: Annotated[str | None, typer.Option(help="The split to answer; default as data.val_split.")] = None,
+    split: Annotated[str | None, typer.Option(help="The split to answer (default: data.val_split).")] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="So many of its samples, evenly spread; default all.")
     ] = None,
@@ -189,22 +189,25 @@ def evaluate(
     ] = None,
     slice_by: Annotated[
         str | None,
-        typer.Option(help="Field of the samples' meta to score part by part; default as eval.slice_by."),
+        typer.Option(help="Field of the samples' meta to score part by part (default: eval.slice_by)."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for scores.json and predictions.*.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Prompts answered together; default as eval.batch_size.")
+        int | None, typer.Option(min=1, help="Prompts answered together (default: eval.batch_size).")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; default as eval.max_new_tokens.")
+        int | None,
+        typer.Option(min=1, help="Longest answer, in tokens (default: eval.max_new_tokens)."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the swap and the confidence intervals; default as seed.")
+        int | None,
+        typer.Option(min=0, help="Of the swap and the confidence intervals (default: seed)."),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help="For the answers: whole on every rank, partitioned (ZeRO-3), or auto; default as eval.weights."
+            help="For the answers: whole on every rank, partitioned (ZeRO-3), or auto "
+            "(default: eval.weights)."
         ),
     ] = None,
     processes: Annotated[
@@ -228,7 +231,7 @@ def evaluate(
     from phi3v_dist.evaluation.evaluate import evaluate as evaluate_model
     from phi3v_dist.parallel.mesh import open_mesh
 
-    given = {
+    given: dict[str, Any] = {
         "split": split,
         "samples": samples,
         "swap": swap,

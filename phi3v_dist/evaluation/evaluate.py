@@ -1,5 +1,5 @@
-"""How good a model's answers are: loss and generated answers on a split, scores with confidence intervals, and
-two references to compare them with.
+"""How good a model's answers are: loss and generated answers on a split, scores with confidence intervals,
+and two references to compare them with.
 
 `evaluate` scores a model on a split. The references are a constant answer, and the same model with the images
 swapped between samples. `write_evaluation` writes the result to a directory. All ranks call `evaluate`
@@ -57,9 +57,9 @@ class EvalSettings:
 
     samples: number of samples of the split, evenly spread; None for all. swap: answer once more with the
     images swapped between samples. batch_size: prompts answered together. max_new_tokens: tokens of the
-    longest answer. metrics: as in eval.metrics. slice_by: field of the samples' meta. seed: of the swap and of
-    the confidence intervals. loss: also compute the loss of the reference replies. weights: "whole" on every
-    rank, "partitioned" by ZeRO-3, or "auto". Where the config has the key, the default is the config's.
+    longest answer. metrics: as in eval.metrics. slice_by: field of the samples' meta. seed: of the swap and
+    of the confidence intervals. loss: also compute the loss of the reference replies. weights: "whole" on
+    every rank, "partitioned" by ZeRO-3, or "auto". Where the config has the key, the default is the config's.
     """
 
     split: str = DataConfig.model_fields["val_split"].default

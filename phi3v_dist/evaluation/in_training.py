@@ -1,9 +1,9 @@
 """Evaluation during training: loss and answers on the val split, by all ranks together.
 
-In: the configuration of a run and its ZeRO-3 engine. Out: metrics eval/*, and RUN/eval/step-N with the answers;
-the samples are the same each time. The loss is computed by the engine over packed rows. For the answers the
-weights are gathered once if there is enough memory. An evaluation that fails (an image, a user's metric, a
-full disk) is reported in the log, and training continues.
+In: the configuration of a run and its ZeRO-3 engine. Out: metrics eval/*, and RUN/eval/step-N with the
+answers; the samples are the same each time. The loss is computed by the engine over packed rows. For the
+answers the weights are gathered once if there is enough memory. An evaluation that fails (an image, a user's
+metric, a full disk) is reported in the log, and training continues.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import RowMaker
 from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.engine.gather import gather_weights, keep_whole
-from phi3v_dist.evaluation.evaluate import Evaluation, EvalSettings, score_answers, write_evaluation
+from phi3v_dist.evaluation.evaluate import EvalSettings, Evaluation, score_answers, write_evaluation
 from phi3v_dist.evaluation.loss import split_loss
 from phi3v_dist.evaluation.metrics import find_metrics
 from phi3v_dist.evaluation.prompts import Prompts, read_split, spread

@@ -1,7 +1,7 @@
 """The loss of a split: the same at any number of ranks.
 
-In: samples with their sizes, and a forward pass over packed rows. Out: the mean negative log likelihood of the
-target tokens. The rows do not depend on the number of ranks, and their sums are added exactly.
+In: samples with their sizes, and a forward pass over packed rows. Out: the mean negative log likelihood of
+the target tokens. The rows do not depend on the number of ranks, and their sums are added exactly.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def split_loss(
 
     forward: the summed loss (a scalar) of a packed row on the mesh's device; all ranks call it equally often,
     because under ZeRO-3 a forward pass is a collective. costs: sizes of the samples, in their order.
-    views_per_call: views of a row that go through the vision tower at once. Collective: all ranks call it, and
-    all get the same result.
+    views_per_call: views of a row that go through the vision tower at once. Collective: all ranks call it,
+    and all get the same result.
     """
     rows = _pack_in_order(costs.tokens, row_tokens)
     views = [int(costs.tiles[row].sum() + costs.pictures[row].sum()) for row in rows]

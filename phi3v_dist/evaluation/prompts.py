@@ -127,8 +127,8 @@ class Prompts:
     def read(self, places: Sequence[int]) -> list[Prompt]:
         """The prompts at `places` with their images.
 
-        Raises BadInputError naming a sample whose image cannot be read: to leave the sample out would make the
-        scores too good.
+        Raises BadInputError naming a sample whose image cannot be read: to leave the sample out would make
+        the scores too good.
         """
         if self._before_read is not None:
             self._before_read()
@@ -186,8 +186,8 @@ def make_batches(
 ) -> list[Batch]:
     """Batches of prompts of similar length, the most expensive kind first.
 
-    rope_switch: positions from which the long RoPE factors are used. By the published rule they are used for a
-    whole batch as soon as one of its sequences is longer. Therefore sequences that stay below the switch,
+    rope_switch: positions from which the long RoPE factors are used. By the published rule they are used for
+    a whole batch as soon as one of its sequences is longer. Therefore sequences that stay below the switch,
     that start above it, and that cross it never share a batch.
     """
     kinds: dict[tuple[bool, int], list[int]] = {}
