@@ -121,7 +121,9 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
         pretrained.tokenizer_dir,
     )
     about = _about(config, fingerprint, mesh, engine)
-    tracker = Tracker(config, run_dir, progress.step, about, progress.rows) if mesh.is_main else None
+    tracker = (
+        Tracker(config, run_dir, progress.step, about=about, from_row=progress.rows) if mesh.is_main else None
+    )
     saved = progress.step if pending.metrics is None else 0  # again, for it may turn out to be the best
     saver = Saver(
         engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, saved
