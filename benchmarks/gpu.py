@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def synthetic_row(config: Phi3VConfig, length: int, num_crops: int, chunk: int) -> PackedRow:
     """Documents of one picture and TEXT tokens until `length` is full; the last one has text alone."""
     rng = np.random.default_rng(length)
-    grid = hd_grid(1000, 1000, num_crops, config.tile)
+    grid = hd_grid(1000, 1000, num_crops, tile=config.tile)
     image = image_token_count(grid.rows, grid.cols, tile_side_tokens(config.tile))
     documents, left = [], length
     while left > 0:

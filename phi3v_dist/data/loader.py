@@ -132,7 +132,7 @@ class RowMaker:
         """One sample, and if it cannot be used (then it is blank and without labels) the reason and the
         number of its targets.
         """
-        grids = [hd_grid(i["width"], i["height"], self.num_crops, self.tile) for i in record["images"]]
+        grids = [hd_grid(i["width"], i["height"], self.num_crops, tile=self.tile) for i in record["images"]]
         side = tile_side_tokens(self.tile)
         image_tokens = [image_token_count(grid.rows, grid.cols, side) for grid in grids]
         text = encode(self.tokenizer, record["messages"], image_tokens)

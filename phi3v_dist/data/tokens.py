@@ -76,7 +76,7 @@ class Counter:
         for place, record in enumerate(records):
             try:
                 grids = [
-                    hd_grid(i["width"], i["height"], self.num_crops, self.tile) for i in record["images"]
+                    hd_grid(i["width"], i["height"], self.num_crops, tile=self.tile) for i in record["images"]
                 ]
                 check_text(record["messages"], len(grids))
             except BadInputError as error:
@@ -183,7 +183,7 @@ def truncated_costs(
     count = 0
     over = np.flatnonzero(costs.tokens > limit)
     for number, record in zip(over.tolist(), samples.records(over), strict=True):
-        grids = [hd_grid(image["width"], image["height"], num_crops, tile) for image in record["images"]]
+        grids = [hd_grid(image["width"], image["height"], num_crops, tile=tile) for image in record["images"]]
         image_tokens = [image_token_count(grid.rows, grid.cols, side) for grid in grids]
         kept = pictures_that_fit(int(costs.tokens[number]), image_tokens, limit)
         tokens = int(costs.tokens[number]) - sum(image_tokens[kept:])

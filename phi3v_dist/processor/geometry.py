@@ -1,29 +1,31 @@
-"""Sizes -> tiles -> tokens: the arithmetic of the HD transform, without a pixel and without torch.
+"""Image sizes -> tiles -> tokens: the arithmetic of the HD transform, without pixels and without torch.
 
-In: width and height of a picture as shown, `num_crops`, the tile side. Out: an `HDGrid` that says how the
-picture is resized, padded and cut, and how many tokens it costs. Called by the image code, by the plan (token
-counts come from the index, not from pictures) and by `estimate`. Source: the image processor published with
-Phi-3-vision; tests/golden/image_processor pins it.
+In: width and height of images in px, as shown (EXIF orientation applied), `num_crops` and the tile side. Out:
+an `HDGrid` per image, which says how the image is resized, padded and cut into tiles; a `SampleShape` per
+sample, which says how many tiles, views and tokens its images take. Source: the image processor published
+with Phi-3-vision; tests/golden/image_processor pins it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shards.common.errors import BadInputError
 
 TILE = 336  # px, side of a tile of the published model
-PATCH = 14  # px
+PATCH = 14  # px, side of a CLIP patch of the published model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class HDGrid:
-    """How one picture becomes rows x cols tiles.
+    """How one image becomes rows x cols tiles.
 
-    If `transposed`, the picture is resized and padded with x and y swapped, and swapped back at the end.
-    resized_width, resized_height, pad_top, pad_bottom: px, in the swapped frame. rows, cols: tiles of the
-    final canvas (height rows * tile, width cols * tile).
+    If `transposed` (a portrait), the image is resized and padded with x and y swapped, and swapped back at
+    the end. resized_width, resized_height, pad_top, pad_bottom: px, in the swapped frame. rows, cols: tiles
+    of the final canvas (height rows * tile, width cols * tile).
     """
 
     rows: int
@@ -34,17 +36,22 @@ class HDGrid:
     pad_bottom: int
     transposed: bool
 
+    @property
+    def tiles(self) -> int:
+        """Number of tiles; the global view is not counted."""
+        return self.rows * self.cols
 
-def hd_grid(width: int, height: int, num_crops: int, tile: int = TILE) -> HDGrid:
-    """The grid of a picture of width x height px cut into at most `num_crops` tiles of `tile` px.
 
-    Raises BadInputError for a picture so long and thin that its short side would shrink to nothing (the
-    published processor raises there too), and for sizes or num_crops below 1.
+def hd_grid(width: int, height: int, num_crops: int, *, tile: int = TILE) -> HDGrid:
+    """The grid of an image of width x height px, cut into at most `num_crops` tiles of `tile` px.
+
+    Raises BadInputError for sizes or num_crops below 1, and for an image so long and thin that its short side
+    would shrink to nothing (the published processor raises there too).
     """
     if num_crops < 1:
-        raise BadInputError(f"num_crops is {num_crops}; a picture needs at least 1 tile (4 or 16 are usual)")
+        raise BadInputError(f"num_crops is {num_crops}; an image needs at least 1 tile (4 or 16 are usual)")
     if width < 1 or height < 1:
-        raise BadInputError(f"a picture of {width}x{height} px has no pixels; drop it")
+        raise BadInputError(f"an image of {width}x{height} px has no pixels; drop it")
     transposed = width < height
     if transposed:
         width, height = height, width
@@ -57,7 +64,7 @@ def hd_grid(width: int, height: int, num_crops: int, tile: int = TILE) -> HDGrid
     resized_height = int(resized_width / ratio)
     if resized_height < 1:
         raise BadInputError(
-            f"a picture of {width}x{height} px is too long and thin for num_crops={num_crops} "
+            f"an image of {width}x{height} px is too long and thin for num_crops={num_crops} "
             f"(its short side would shrink to nothing); drop it"
         )
     padded = math.ceil(resized_height / tile) * tile
@@ -65,26 +72,81 @@ def hd_grid(width: int, height: int, num_crops: int, tile: int = TILE) -> HDGrid
     rows, cols = padded // tile, scale
     if transposed:
         rows, cols = cols, rows
-    return HDGrid(rows, cols, resized_width, resized_height, top, padded - resized_height - top, transposed)
+    return HDGrid(
+        rows=rows,
+        cols=cols,
+        resized_width=resized_width,
+        resized_height=resized_height,
+        pad_top=top,
+        pad_bottom=padded - resized_height - top,
+        transposed=transposed,
+    )
 
 
-def tile_side_tokens(tile: int = TILE, patch: int = PATCH) -> int:
-    """Tokens along one side of a tile: patches are merged 2 x 2 (12 for 336 px, 4 for 112 px)."""
-    if tile % (2 * patch):
-        raise BadInputError(f"tile side {tile} px is not a multiple of two patches of {patch} px")
-    return tile // patch // 2
+def tile_side_tokens(tile: int = TILE) -> int:
+    """Tokens along one side of a tile: patches are merged 2 x 2 (12 for 336 px, 4 for 112 px).
+
+    Raises BadInputError if `tile` is not a multiple of two patches.
+    """
+    if tile % (2 * PATCH):
+        raise BadInputError(f"tile side {tile} px is not a multiple of two patches of {PATCH} px")
+    return tile // PATCH // 2
 
 
 def image_token_count(rows: int, cols: int, side: int = 12) -> int:
-    """Tokens of a picture of rows x cols tiles: tiles and global view, a separator per row of features and
-    one between the two.
+    """Tokens of an image of rows x cols tiles, `side` tokens along a tile: the tiles, the global view, a
+    separator after each row of features, and one separator between the two.
     """
     return (rows * cols + 1) * side * side + 1 + (rows + 1) * side
 
 
-def vision_calls_needed(num_tiles: int, num_images: int, chunk: int) -> int:
-    """Calls of the vision tower for a row: its tiles and one global view per picture, `chunk` views a call.
+@dataclass(frozen=True, slots=True)
+class SampleShape:
+    """What the images of one sample take, known from their sizes alone.
 
-    At least 1: a row without pictures runs the tower on a blank view, so that ZeRO-3 ranks never differ.
+    grids: one per image, in order. image_tokens: number of tokens of each image.
+    """
+
+    grids: tuple[HDGrid, ...]
+    image_tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sizes: Iterable[tuple[int, int]], num_crops: int, tile: int = TILE) -> SampleShape:
+        """The shape of a sample with images of these sizes (width, height) in px, as shown.
+
+        Raises BadInputError as `hd_grid` and `tile_side_tokens`.
+        """
+        images = [_image_shape(width, height, num_crops, tile) for width, height in sizes]
+        return cls(tuple([grid for grid, _ in images]), tuple([tokens for _, tokens in images]))
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles of all images; global views are not counted."""
+        return sum([grid.rows * grid.cols for grid in self.grids])
+
+    @property
+    def views(self) -> int:
+        """Number of views that pass the vision tower: the tiles and one global view per image."""
+        return self.tiles + len(self.grids)
+
+    def first(self, count: int) -> SampleShape:
+        """The shape of the first `count` images alone."""
+        return SampleShape(self.grids[:count], self.image_tokens[:count])
+
+
+# Counting tokens asks for the same few sizes over and over; the cache makes that four times faster.
+@lru_cache(maxsize=16_384)
+def _image_shape(width: int, height: int, num_crops: int, tile: int) -> tuple[HDGrid, int]:
+    """The grid of an image, and its number of tokens."""
+    grid = hd_grid(width, height, num_crops, tile=tile)
+    return grid, image_token_count(grid.rows, grid.cols, tile_side_tokens(tile))
+
+
+def vision_calls_needed(num_tiles: int, num_images: int, chunk: int) -> int:
+    """Calls of the vision tower for a row: its tiles and one global view per image, at most `chunk` views a
+    call.
+
+    At least 1: a row without images runs the tower on a blank view, so that all ZeRO-3 ranks run the same
+    collectives.
     """
     return max(1, math.ceil((num_tiles + num_images) / chunk))

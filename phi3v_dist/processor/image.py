@@ -75,7 +75,7 @@ def hd_tiles(image: Image.Image, num_crops: int, tile: int = TILE) -> np.ndarray
     Alpha is dropped and EXIF ignored, as published; `decode_image` deals with both beforehand. Raises
     BadInputError as `hd_grid`.
     """
-    grid = hd_grid(*image.size, num_crops, tile)
+    grid = hd_grid(*image.size, num_crops, tile=tile)
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     top, left = (0, grid.pad_top) if grid.transposed else (grid.pad_top, 0)
     tiles = np.empty((grid.rows, grid.cols, 3, tile, tile), dtype=np.uint8)

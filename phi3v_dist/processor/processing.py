@@ -38,7 +38,7 @@ def image_inputs(images: Sequence[Image.Image], num_crops: int, tile: int = TILE
     sizes = []
     for number, (views, image) in enumerate(zip(pixel_values, images, strict=True), 1):
         tiles = torch.from_numpy(_tiles(number, image, num_crops, tile))
-        grid = hd_grid(*image.size, num_crops, tile)
+        grid = hd_grid(*image.size, num_crops, tile=tile)
         views[0] = global_views(tiles, torch.tensor([[grid.rows, grid.cols]]))[0]
         views[1 : len(tiles) + 1] = normalise(tiles)
         sizes.append([grid.rows * tile, grid.cols * tile])
@@ -49,14 +49,14 @@ def _tiles(number: int, image: Image.Image, num_crops: int, tile: int) -> np.nda
     """`hd_tiles` of picture `number`, from 1, which an error names."""
     if not isinstance(image, Image.Image):
         raise BadInputError(
-            f"picture {number} is of type {type(image).__name__}, not a PIL image; use PIL.Image.open"
+            f"image {number} is of type {type(image).__name__}, not a PIL image; use PIL.Image.open"
         )
     try:
         return hd_tiles(image, num_crops, tile)
     except BadInputError as error:
-        raise BadInputError(f"picture {number}: {error}") from error
+        raise BadInputError(f"image {number}: {error}") from error
     except (OSError, SyntaxError) as error:  # Pillow decodes at the first use
-        raise BadInputError(f"picture {number} cannot be decoded ({error}); replace the file") from error
+        raise BadInputError(f"image {number} cannot be decoded ({error}); replace the file") from error
 
 
 class Phi3VProcessor:
@@ -68,7 +68,7 @@ class Phi3VProcessor:
     def __init__(self, tokenizer: Any, num_crops: int = 16, tile: int = TILE) -> None:
         if num_crops < 1:
             raise BadInputError(
-                f"num_crops is {num_crops}; a picture needs at least 1 tile (4 or 16 are usual)"
+                f"num_crops is {num_crops}; an image needs at least 1 tile (4 or 16 are usual)"
             )
         self.tokenizer = tokenizer
         self.num_crops = num_crops
@@ -125,7 +125,7 @@ class Phi3VProcessor:
     def image_tokens(self, images: Sequence[Image.Image]) -> list[int]:
         """Tokens of each picture."""
         side = tile_side_tokens(self.tile)
-        grids = [hd_grid(*image.size, self.num_crops, self.tile) for image in images]
+        grids = [hd_grid(*image.size, self.num_crops, tile=self.tile) for image in images]
         return [image_token_count(grid.rows, grid.cols, side) for grid in grids]
 
     def training_inputs(
@@ -142,7 +142,7 @@ class Phi3VProcessor:
             for number, image in enumerate(images, 1)
         ]
         encoded = encode(self.tokenizer, messages, self.image_tokens(images), template=template)
-        grids = [hd_grid(*image.size, self.num_crops, self.tile) for image in images]
+        grids = [hd_grid(*image.size, self.num_crops, tile=self.tile) for image in images]
         blank = torch.zeros(0, 3, self.tile, self.tile, dtype=torch.uint8)
         return {
             "input_ids": torch.tensor(encoded.input_ids),

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from phi3v_dist.processor.geometry import hd_grid, image_token_count, tile_side_tokens, vision_calls_needed
+from phi3v_dist.processor.geometry import (
+    SampleShape,
+    hd_grid,
+    image_token_count,
+    tile_side_tokens,
+    vision_calls_needed,
+)
 from shards.common.errors import BadInputError
 
 TABLE = json.loads((Path(__file__).parents[1] / "golden/image_processor/size_table.json").read_text())
@@ -43,6 +49,17 @@ def test_impossible_sizes_are_refused(width: int, height: int, num_crops: int) -
 
 def test_vision_calls_cover_all_views_and_are_never_zero() -> None:
     assert vision_calls_needed(0, 0, 64) == 1
-    for tiles, pictures in [(1, 1), (60, 4), (60, 5), (884, 52)]:
-        calls = vision_calls_needed(tiles, pictures, 64)
-        assert math.ceil((tiles + pictures) / calls) <= 64
+    for tiles, images in [(1, 1), (60, 4), (60, 5), (884, 52)]:
+        calls = vision_calls_needed(tiles, images, 64)
+        assert math.ceil((tiles + images) / calls) <= 64
+
+
+def test_the_shape_of_a_sample_is_that_of_its_images() -> None:
+    sizes = [(1200, 900), (90, 1000), (1200, 900)]
+    shape = SampleShape.of(sizes, 4, 112)
+    grids = [hd_grid(width, height, 4, tile=112) for width, height in sizes]
+    assert shape.grids == tuple(grids)
+    assert shape.image_tokens == tuple(image_token_count(grid.rows, grid.cols, 4) for grid in grids)
+    assert shape.tiles == sum(grid.tiles for grid in grids) and shape.views == shape.tiles + 3
+    assert shape.first(1) == SampleShape.of(sizes[:1], 4, 112)
+    assert SampleShape.of([], 4).views == 0

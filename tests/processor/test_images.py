@@ -155,10 +155,10 @@ def test_too_thin_and_wrong_types_are_refused() -> None:
     good = Image.new("RGB", (8, 8))
     cut = Image.open(io.BytesIO(encoded(Image.effect_noise((64, 64), 50), "PNG")[:900]))
     for image, says in (
-        (np.zeros((4, 4, 3), dtype=np.uint8), "picture 2 is of type ndarray, not a PIL image"),
-        (cut, "picture 2 cannot be decoded"),
-        (Image.new("RGB", (337, 1)), "picture 2: a picture of 337x1 px is too long and thin"),
-        (Image.new("RGB", (0, 5)), "picture 2: a picture of 0x5 px has no pixels"),
+        (np.zeros((4, 4, 3), dtype=np.uint8), "image 2 is of type ndarray, not a PIL image"),
+        (cut, "image 2 cannot be decoded"),
+        (Image.new("RGB", (337, 1)), "image 2: an image of 337x1 px is too long and thin"),
+        (Image.new("RGB", (0, 5)), "image 2: an image of 0x5 px has no pixels"),
     ):
         with pytest.raises(BadInputError, match=says):
             image_inputs([good, image], 1)
@@ -166,7 +166,7 @@ def test_too_thin_and_wrong_types_are_refused() -> None:
 
 @pytest.mark.parametrize("size", [(500, 300), (300, 500), (112, 112), (1000, 90)])
 def test_small_tiles_and_blanks_have_the_planned_shape(size: tuple[int, int]) -> None:
-    grid = hd_grid(*size, 4, 112)
+    grid = hd_grid(*size, 4, tile=112)
     tiles = hd_tiles(Image.new("RGB", size, "green"), 4, 112)
     assert tiles.shape == blank_tiles(grid, 112).shape == (grid.rows * grid.cols, 3, 112, 112)
     assert not blank_tiles(grid, 112).any()
