@@ -34,8 +34,8 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
     from phi3v_dist.config import load_config
     from phi3v_dist.engine.gather import gather_weights
     from phi3v_dist.engine.zero import prepare_deepspeed
-    from phi3v_dist.evaluation.generate import answer_all
-    from phi3v_dist.evaluation.prompts import Questions, read_split
+    from phi3v_dist.evaluation.generate import generate_all
+    from phi3v_dist.evaluation.prompts import Prompts, read_split
     from phi3v_dist.parallel.mesh import open_mesh
     from phi3v_dist.pretrained import prepare_pretrained
 
@@ -47,7 +47,7 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
         pretrained = prepare_pretrained(config, config.run_dir, mesh)
         prepare_deepspeed(mesh)
         parts = restore_partitioned(find_source(pretrained.model_dir), mesh.device, torch.float32)
-        questions = Questions(read_split([str(folder / "shards")], "train", samples))
+        prompts = Prompts(read_split([str(folder / "shards")], "train", samples))
         for turn in range(rounds + 1):
             seconds, answers = [], []
             for way, batch in (("whole", 8), ("parts", 1), ("parts", 8)):
@@ -58,7 +58,9 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
                     engine = SimpleNamespace(module=parts.model)
                     copy = gather_weights(engine, parts.config, torch.float32, mesh.device)
                     restored = Restored(copy, parts.config, parts.processor, mesh.device, torch.float32)
-                answers.append(answer_all(restored, questions, mesh, batch, tokens)[0])
+                answers.append(
+                    generate_all(restored, prompts, mesh, batch_size=batch, max_new_tokens=tokens)[0]
+                )
                 mesh.barrier()
                 seconds.append(time.perf_counter() - began)
             if answers[0] != answers[1] or answers[0] != answers[2]:

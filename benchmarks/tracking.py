@@ -54,7 +54,7 @@ class Slow(http.server.BaseHTTPRequestHandler):
 def block(step: object, config: RunConfig, folder: Path, steps: int, kill: bool) -> list[float]:
     """Seconds of each step of a block; the tracker's start and close are outside."""
     run_dir = Path(tempfile.mkdtemp(dir=folder))
-    tracker = Tracker(config, run_dir, 0, {})
+    tracker = Tracker(config, run_dir, 0, about={})
     seconds = []
     for number in range(1, steps + 1):
         if kill and number == steps // 3:

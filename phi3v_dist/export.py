@@ -18,8 +18,8 @@ import torch
 from phi3v_dist import __version__
 from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.checkpoint.restore import Source, find_source, model_config, restore
-from phi3v_dist.evaluation.generate import answer
-from phi3v_dist.evaluation.prompts import Question, Questions, read_split
+from phi3v_dist.evaluation.generate import generate
+from phi3v_dist.evaluation.prompts import Prompt, Prompts, read_split
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import write_hub_directory
 from shards.common.errors import BadInputError
@@ -126,7 +126,7 @@ def verify(source: Source, out: Path, dataset: str | None = None, samples: int =
     again = type(again)(theirs, again.config, again.processor, again.device, dtype)
     answers = []
     for question in _some_questions(dataset, samples):
-        one, other = (answer(model, [question], _VERIFY_TOKENS)[0] for model in (ours, again))
+        one, other = (generate(model, [question], _VERIFY_TOKENS)[0] for model in (ours, again))
         if one != other:
             raise BadInputError(
                 f"{out}: answers {other!r} to {question.key!r} where {source.directory} answers {one!r}"
@@ -135,13 +135,13 @@ def verify(source: Source, out: Path, dataset: str | None = None, samples: int =
     return answers
 
 
-def _some_questions(dataset: str | None, samples: int) -> list[Question]:
+def _some_questions(dataset: str | None, samples: int) -> list[Prompt]:
     if dataset is None:
-        return [Question("hello", "<|user|>\nHello<|end|>\n<|assistant|>\n", "", ())]
+        return [Prompt("hello", "<|user|>\nHello<|end|>\n<|assistant|>\n", truth="", images=())]
     for split in ("val", "train"):
         chosen = read_split([dataset], split, samples, may_lack=True)
         if len(chosen):
-            return Questions(chosen).read(range(len(chosen)))
+            return Prompts(chosen).read(range(len(chosen)))
     raise BadInputError(f"{dataset}: neither a split val nor train to verify with")
 
 

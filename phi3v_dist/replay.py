@@ -24,7 +24,7 @@ from phi3v_dist.data.prepare import prepare_data
 from phi3v_dist.pretrained import model_config_of, tokenizer_dir
 from phi3v_dist.processor.tokenizer import load_tokenizer
 from phi3v_dist.run.layout import DATA
-from phi3v_dist.tracking.tracker import row_at
+from phi3v_dist.tracking.starts import first_row_of_step
 from shards.common.errors import BadInputError
 
 _SHOWN = 400  # characters of a text
@@ -66,7 +66,7 @@ def replay(config: RunConfig, place: Place) -> Replayed:
         tokens = load_tokenizer(tokenizer_dir(config, Path(scratch)))
     data = prepare_data(config, tokens, model_config_of(config).tile, config.run_dir / DATA, writer=False)
     end_row = data.plan.end_row(config.train.epochs) if config.train.epochs else None
-    first_row = row_at(config.run_dir, place.step, config.train.global_batch)
+    first_row = first_row_of_step(config.run_dir, place.step, config.train.global_batch)
     if place.step >= (config.train.steps or sys.maxsize) or first_row >= (end_row or sys.maxsize):
         raise BadInputError(f"{config.run_dir}: the run ends before step {place.step} (steps count from 0)")
     step = data.plan.step(first_row, end_row)

@@ -202,7 +202,7 @@ def test_every_key_of_the_config_says_what_it_means() -> None:
         model = field.annotation
         if isinstance(model, type) and hasattr(model, "model_fields"):
             silent += [f"{name}.{key}" for key, text in descriptions(model).items() if not text]
-    assert not silent, f"no `key: ...` in the docstring of its section: {', '.join(silent)}"
+    assert not silent, f"no description under the field: {', '.join(silent)}"
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

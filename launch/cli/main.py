@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -173,7 +173,7 @@ def evaluate(
         str, typer.Argument(help="A run (RUN:best, RUN:1500), a checkpoint, or a model directory.")
     ],
     dataset: Annotated[str, typer.Argument(help="A dataset directory of phi3v shards build.")],
-    split: Annotated[str, typer.Option(help="The split to answer.")] = "val",
+    split: Annotated[str | None, typer.Option(help="The split to answer (default: data.val_split).")] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="So many of its samples, evenly spread; default all.")
     ] = None,
@@ -188,15 +188,28 @@ def evaluate(
         ),
     ] = None,
     slice_by: Annotated[
-        str, typer.Option(help="Field of the samples' meta to score part by part.")
-    ] = "category",
+        str | None,
+        typer.Option(help="Field of the samples' meta to score part by part (default: eval.slice_by)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for scores.json and predictions.*.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of the swap and the confidence intervals.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts answered together (default: eval.batch_size).")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer, in tokens (default: eval.max_new_tokens)."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of the swap and the confidence intervals (default: seed)."),
+    ] = None,
     weights: Annotated[
-        str, typer.Option(help="For the answers: whole on every rank, partitioned (ZeRO-3), or auto.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="For the answers: whole on every rank, partitioned (ZeRO-3), or auto "
+            "(default: eval.weights)."
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Start so many ranks on this machine; not inside torchrun.")
     ] = None,
@@ -207,25 +220,36 @@ def evaluate(
 
     Example: phi3v evaluate runs/demo:best runs/demo/data/shards --out runs/demo/eval/best
     """
-    if weights not in ("auto", "whole", "partitioned"):
+    if weights not in (None, "auto", "whole", "partitioned"):
         raise BadInputError(f"--weights {weights}: use auto, whole or partitioned")
     if processes is not None:
         from launch.local import launch_here
 
         raise SystemExit(launch_here(_without_processes(sys.argv[1:]), processes))
     from phi3v_dist.checkpoint.restore import find_source
-    from phi3v_dist.evaluation.evaluate import How, write_evaluation
+    from phi3v_dist.evaluation.evaluate import EvalSettings, write_evaluation
     from phi3v_dist.evaluation.evaluate import evaluate as evaluate_model
     from phi3v_dist.parallel.mesh import open_mesh
 
-    how = How(split, samples, swap, batch_size, max_new_tokens, slice_by=slice_by, seed=seed, loss=loss,
-              weights=weights, **({"metrics": tuple(metric)} if metric else {}))  # fmt: skip
+    given: dict[str, Any] = {
+        "split": split,
+        "samples": samples,
+        "swap": swap,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "metrics": tuple(metric) if metric else None,
+        "slice_by": slice_by,
+        "seed": seed,
+        "loss": loss,
+        "weights": weights,
+    }
+    settings = EvalSettings(**{name: value for name, value in given.items() if value is not None})
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with open_mesh(3600.0) as mesh:
             # A run that goes on may have a newer checkpoint when the next rank looks.
             source = mesh.on_main(lambda: find_source(model))
-            result = evaluate_model(source, dataset, how, mesh)
+            result = evaluate_model(source, dataset, settings, mesh=mesh)
             if mesh.is_main:
                 if out is not None:
                     write_evaluation(result, out)
@@ -267,7 +291,7 @@ def _print_evaluation(result: Evaluation) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     if len(result.by_slice) > 1:
-        parts = Table(str(result.how["slice_by"]), "samples", *result.scores.values)
+        parts = Table(str(result.settings["slice_by"]), "samples", *result.scores.values)
         for name, scores in result.by_slice.items():
             parts.add_row(name, str(scores.samples), *(_shown(v) for v in scores.values.values()))
         console.print(parts)
@@ -374,7 +398,7 @@ def ask(
     if not picture.is_file():
         raise BadInputError(f"{picture}: no such file")
     restored = restore_for_answers(find_source(model))
-    print(ask_model(restored, picture.read_bytes(), prompt, max_new_tokens))
+    print(ask_model(restored, picture.read_bytes(), prompt, max_new_tokens=max_new_tokens))
 
 
 @app.command()

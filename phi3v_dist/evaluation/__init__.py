@@ -1,1 +1,1 @@
-"""Loss, answers and scores of a split, in training and afterwards."""
+"""Loss, answers and scores of a split, during training and afterwards."""

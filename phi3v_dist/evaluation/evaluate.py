@@ -1,24 +1,21 @@
-"""How good a model's answers are: loss and generation on a split, scores, how sure they are, and what to hold
-them against.
+"""How good a model's answers are: loss and generated answers on a split, scores with confidence intervals,
+and two references to compare them with.
 
-`evaluate` scores a model on a split, beside a constant predictor and the same model with the pictures swapped
-between samples; `write_evaluation` puts it into a directory. All ranks call it together; what comes out is
-the same at any number of them. Called by `phi3v evaluate`; the train loop's validation uses the same parts.
+`evaluate` scores a model on a split. The references are a constant answer, and the same model with the images
+swapped between samples. `write_evaluation` writes the result to a directory. All ranks call `evaluate`
+together; the result does not depend on their number. Evaluation during training uses the same parts.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -32,207 +29,197 @@ from phi3v_dist.checkpoint.restore import (
     restore,
     restore_partitioned,
 )
+from phi3v_dist.config import DataConfig, EvalConfig, RunConfig
 from phi3v_dist.data.loader import RowMaker
-from phi3v_dist.data.plan import MicroRow
 from phi3v_dist.data.samples import Samples
-from phi3v_dist.data.tokens import Counter, SampleCosts, sample_costs
+from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.engine.gather import keep_whole
 from phi3v_dist.engine.zero import prepare_deepspeed
-from phi3v_dist.evaluation.generate import answer_all
+from phi3v_dist.evaluation.generate import generate_all
+from phi3v_dist.evaluation.loss import split_loss
 from phi3v_dist.evaluation.metrics import constant_answer, find_metrics
-from phi3v_dist.evaluation.prompts import Questions, read_split
+from phi3v_dist.evaluation.prompts import Prompts, read_split
 from phi3v_dist.evaluation.scores import Scores, sample_values, slices, summarise
-from phi3v_dist.model.row import PackedRow
 from phi3v_dist.parallel.mesh import Mesh
-from phi3v_dist.processor.geometry import vision_calls_needed
+from phi3v_dist.run.layout import PREDICTIONS, PREDICTIONS_TABLE, SCORES
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
 from shards.format.index import read_index
 
-SCORES, PREDICTIONS, TABLE = "scores.json", "predictions.jsonl", "predictions.parquet"
-THUMBNAILS = 200  # samples whose picture goes into the predictions file
+_THUMBNAILS = 200  # samples whose image goes into the table of predictions
 _ROW_TOKENS = 4096
-_log = logging.getLogger(__name__)
+_DEFAULTS = EvalConfig()
 
 
 @dataclass(frozen=True)
-class How:
-    """How to evaluate. samples: so many of the split, None for all. slice_by: field of the samples' meta.
-    weights: "whole" on every rank, "partitioned" by ZeRO-3, or "auto". loss: also the loss of the replies.
+class EvalSettings:
+    """How to evaluate.
+
+    samples: number of samples of the split, evenly spread; None for all. swap: answer once more with the
+    images swapped between samples. batch_size: prompts answered together. max_new_tokens: tokens of the
+    longest answer. metrics: as in eval.metrics. slice_by: field of the samples' meta. seed: of the swap and
+    of the confidence intervals. loss: also compute the loss of the reference replies. weights: "whole" on
+    every rank, "partitioned" by ZeRO-3, or "auto". Where the config has the key, the default is the config's.
     """
 
-    split: str = "val"
+    split: str = DataConfig.model_fields["val_split"].default
     samples: int | None = None
     swap: bool = True
-    batch_size: int = 16
-    max_new_tokens: int = 64
-    metrics: tuple[str, ...] = ("price", "category", "title", "exact_match")
-    slice_by: str = "category"
-    seed: int = 0
+    batch_size: int = _DEFAULTS.batch_size
+    max_new_tokens: int = _DEFAULTS.max_new_tokens
+    metrics: tuple[str, ...] = tuple(_DEFAULTS.metrics)
+    slice_by: str = _DEFAULTS.slice_by
+    seed: int = RunConfig.model_fields["seed"].default
     loss: bool = True
-    weights: str = "auto"
+    weights: str = _DEFAULTS.weights
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """One answered sample. slice: its part of the data, None without one. prompt: as rendered for the model.
+    truth: the reference reply. prediction: the model's answer. values: of every metric, None where a metric
+    does not apply to this sample.
+    """
+
+    key: str
+    slice: str | None
+    prompt: str
+    truth: str
+    prediction: str
+    values: dict[str, float | None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """{"key", "slice", "prompt", "truth", "prediction", metric: value ...}: a record of the predictions
+        files.
+        """
+        fields = {name: getattr(self, name) for name in ("key", "slice", "prompt", "truth", "prediction")}
+        return {**fields, **self.values}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """scores: of the model; swapped: with pictures swapped between samples; baseline: of a constant answer
-    made from the train split; by_slice: of each part of the data. rows: key, slice, prompt, truth, prediction
-    and what each metric says, one per sample. pictures: small JPEGs by row. loss: mean over target tokens.
+    """The result of an evaluation.
+
+    scores: of the model. swapped: of the model with images swapped between samples, None if not asked for.
+    baseline: of a constant answer made from the train split, None without one. by_slice: scores of each part
+    of the data, the largest first. answers: one record per sample, in the order of the split. images: small
+    JPEGs (bytes) by position in `answers`, for the first samples. loss: nats per target token, None if not
+    asked for. seconds: that answering and scoring took. settings: the fields of EvalSettings but `weights`,
+    which do not change the result.
     """
 
     scores: Scores
     swapped: Scores | None
     baseline: Scores | None
     by_slice: dict[str, Scores]
-    rows: tuple[dict[str, Any], ...]
-    pictures: dict[int, bytes]
+    answers: tuple[AnswerRecord, ...]
+    images: dict[int, bytes]
     loss: float | None
     seconds: float
-    how: dict[str, Any]
+    settings: dict[str, Any]
 
 
-def evaluate(source: Source, dataset: str, how: How, mesh: Mesh) -> Evaluation:
-    """Answers the samples of a split with the model of `source`, all ranks together.
+def evaluate(source: Source, dataset: str, settings: EvalSettings, *, mesh: Mesh) -> Evaluation:
+    """Answers and scores the samples of a split of `dataset` with the model of `source`.
 
-    Raises BadInputError on every rank for a dataset, picture, metric or size that cannot be used.
+    Collective: all ranks call it and get the same result. Raises BadInputError on every rank for a dataset,
+    image or metric that cannot be used, and for an empty split.
     """
-    find_metrics(how.metrics)
+    find_metrics(settings.metrics)
     if mesh.device.type == "cpu":
-        torch.set_num_threads(1)  # sums depend on the number of threads; ranks are what makes it faster
-    samples = read_split([dataset], how.split, how.samples)
+        torch.set_num_threads(1)  # sums depend on the number of threads; more ranks make it faster instead
+    samples = read_split([dataset], settings.split, settings.samples)
     if not len(samples):
-        raise BadInputError(f"{dataset}: the split {how.split!r} is empty; nothing to evaluate")
-    questions = Questions(samples)
+        raise BadInputError(f"{dataset}: the split {settings.split!r} is empty; nothing to evaluate")
+    prompts = Prompts(samples)
     config, dtype = model_config(source), answer_dtype(mesh.device)
     reader = processor(source)
-    shapes = questions.shapes(reader.tokenizer, reader.num_crops, reader.tile)
-    positions = max(shape.tokens for shape in shapes) + how.max_new_tokens
-    if keep_whole(how.weights, config, dtype, how.batch_size, positions, mesh):
+    shapes = prompts.shapes(reader.tokenizer, reader.num_crops, reader.tile)
+    positions = max(shape.tokens for shape in shapes) + settings.max_new_tokens
+    if keep_whole(settings.weights, config, dtype, settings.batch_size, positions, mesh):
         restored = restore(source, mesh.device, dtype)
     else:
         prepare_deepspeed(mesh)
         restored = restore_partitioned(source, mesh.device, dtype)
-    loss = _loss_of(restored, samples, mesh) if how.loss else None
-    baseline = _train_replies(dataset)
-    return score_answers(restored, questions, how, mesh, loss, baseline)
+    loss = _loss_of(restored, samples, mesh) if settings.loss else None
+    train_replies = _train_replies(dataset)
+    return score_answers(restored, prompts, settings, mesh=mesh, loss=loss, train_replies=train_replies)
 
 
 def score_answers(
     restored: Restored,
-    questions: Questions,
-    how: How,
+    prompts: Prompts,
+    settings: EvalSettings,
+    *,
     mesh: Mesh,
     loss: float | None = None,
     train_replies: Sequence[str] = (),
 ) -> Evaluation:
-    """Answers `questions` and scores the answers; the same on every rank."""
-    began = time.perf_counter()
-    metrics = find_metrics(how.metrics)
-    truths, parts = questions.truths, questions.parts(how.slice_by)
+    """Answers `prompts` and scores the answers.
 
-    def values_of(asked: Questions, thumbnails: int) -> tuple[list[dict[str, float | None]], list[str], Any]:
-        said, small = answer_all(restored, asked, mesh, how.batch_size, how.max_new_tokens, thumbnails)
-        return sample_values(metrics, truths, said), said, small
-
-    values, answers, pictures = values_of(questions, THUMBNAILS)
-    swapped = summarise(values_of(questions.swapped(how.seed), 0)[0], how.seed) if how.swap else None
-    constant = [constant_answer(train_replies)] * len(truths)
-    baseline = summarise(sample_values(metrics, truths, constant), how.seed) if train_replies else None
-    rows = tuple(
-        {"key": key, "slice": part, "prompt": prompt, "truth": truth, "prediction": said, **value}
-        for key, part, prompt, truth, said, value in zip(
-            questions.keys, parts, questions.prompts, truths, answers, values, strict=True
-        )
-    )
-    return Evaluation(
-        summarise(values, how.seed), swapped, baseline, slices(values, parts, how.seed), rows, pictures, loss,
-        time.perf_counter() - began, {k: v for k, v in asdict(how).items() if k != "weights"},
-    )  # fmt: skip
-
-
-def split_loss(
-    forward: Callable[[PackedRow], torch.Tensor],
-    maker: RowMaker,
-    costs: SampleCosts,
-    row_tokens: int,
-    views_per_call: int,
-    mesh: Mesh,
-) -> tuple[float, list[str]]:
-    """The mean negative log likelihood of all target tokens of the samples of `maker` that have at most
-    `row_tokens` tokens, and why which of them were left out. costs: of them. forward: of a packed row on the
-    device; all ranks call it as often, as ZeRO-3 needs it. views_per_call: views of a row that pass the tower
-    at once.
-
-    The rows do not depend on the ranks and are added up in their order: the same at any number of them.
+    loss: is passed on to the result. train_replies: replies from which the constant answer is made; without
+    them there is no baseline. Collective, with the same result on every rank. Raises BadInputError on every
+    rank for an image that cannot be read or a metric that fails.
     """
-    rows = _loss_rows(costs.tokens, row_tokens)
-    views = [int(costs.tiles[row].sum() + costs.pictures[row].sum()) for row in rows]
-    calls = vision_calls_needed(max(views, default=0), 0, views_per_call)
-    reader = maker.reader()
-    found: list[tuple[int, int, float]] = []
-    targets: dict[int, int] = {}
-    bad: list[str] = []
-    try:
-        with torch.no_grad():
-            for first in range(0, len(rows), mesh.dp_size):
-                number = first + mesh.dp_rank
-                here = rows[number] if number < len(rows) else np.empty(0, np.int64)
-                loaded = maker.load(MicroRow(here, calls), reader)
-                nll = float(forward(loaded.row.to(mesh.device)))
-                bad += loaded.bad
-                if len(here):
-                    found.append((number, mesh.rank, nll))
-                    targets[number] = loaded.row.num_targets
-    finally:
-        reader.close()
-    shares = mesh.gather((found, targets, bad))
-    total = math.fsum(nll for _, _, nll in sorted(entry for share, _, _ in shares for entry in share))
-    counted = {number: count for _, share, _ in shares for number, count in share.items()}
-    return total / max(1, sum(counted.values())), sorted({each for _, _, share in shares for each in share})
+    began = time.perf_counter()
+    metrics = find_metrics(settings.metrics)
+    truths, parts, seed = prompts.truths, prompts.parts(settings.slice_by), settings.seed
 
+    def generate(asked: Prompts, thumbnails: int) -> tuple[list[str], dict[int, bytes]]:
+        return generate_all(
+            restored,
+            asked,
+            mesh,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            thumbnails=thumbnails,
+        )
 
-def _loss_rows(tokens: np.ndarray, row_tokens: int) -> list[np.ndarray]:
-    """Samples that share a row, in their order; those that fit into none are left out."""
-    rows: list[list[int]] = []
-    room = 0
-    for sample in np.flatnonzero(tokens <= row_tokens).tolist():
-        if not rows or tokens[sample] > room:
-            rows.append([])
-            room = row_tokens
-        rows[-1].append(sample)
-        room -= int(tokens[sample])
-    return [np.array(row, dtype=np.int64) for row in rows]
-
-
-def _loss_of(restored: Restored, samples: Samples, mesh: Mesh) -> float:
-    ours = restored.processor
-    tokenizer, tile = ours.tokenizer, ours.tile
-    costs = sample_costs(samples, Counter(tokenizer, ours.num_crops, tile))
-    maker = RowMaker(samples, tokenizer, ours.num_crops, tile, tokenizer.pad_token_id)
-    row_tokens = max(_ROW_TOKENS, int(costs.tokens.max()))
-    views = restored.model.vision_chunk
-    loss, bad = split_loss(lambda row: restored.model(row=row), maker, costs, row_tokens, views, mesh)
-    if bad:
-        raise BadInputError(f"{len(bad)} samples cannot be read, the first is {bad[0]}")
-    return loss
+    predictions, images = generate(prompts, _THUMBNAILS)
+    values = sample_values(metrics, truths, predictions)
+    swapped = baseline = None
+    if settings.swap:
+        swapped_predictions, _ = generate(prompts.swapped(seed), 0)
+        swapped = summarise(sample_values(metrics, truths, swapped_predictions), seed)
+    if train_replies:
+        constant = [constant_answer(train_replies)] * len(truths)
+        baseline = summarise(sample_values(metrics, truths, constant), seed)
+    columns = zip(prompts.keys, parts, prompts.texts, truths, predictions, values, strict=True)
+    return Evaluation(
+        scores=summarise(values, seed),
+        swapped=swapped,
+        baseline=baseline,
+        by_slice=slices(values, parts, seed),
+        answers=tuple(AnswerRecord(*fields) for fields in columns),
+        images=images,
+        loss=loss,
+        seconds=time.perf_counter() - began,
+        settings={name: value for name, value in asdict(settings).items() if name != "weights"},
+    )
 
 
 def write_evaluation(evaluation: Evaluation, out: Path) -> None:
-    """OUT/predictions.jsonl and .parquet (with small pictures), then OUT/scores.json."""
+    """Writes OUT/predictions.jsonl, OUT/predictions.parquet (with small images), and then OUT/scores.json.
+
+    Raises OSError if the files cannot be written.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.rows)
+    records = [answer.as_dict() for answer in evaluation.answers]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomically(out / PREDICTIONS, text.encode())
-    table = pa.Table.from_pylist(
-        [{**row, "picture": evaluation.pictures.get(place)} for place, row in enumerate(evaluation.rows)]
-    )
-    packed = io.BytesIO()
-    pq.write_table(table, packed)
-    write_atomically(out / TABLE, packed.getvalue())
+    with_images = [
+        {**record, "picture": evaluation.images.get(place)} for place, record in enumerate(records)
+    ]
+    parquet = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(with_images), parquet)
+    write_atomically(out / PREDICTIONS_TABLE, parquet.getvalue())
     write_atomically(out / SCORES, (json.dumps(scores_json(evaluation), indent=1) + "\n").encode())
 
 
 def scores_json(evaluation: Evaluation) -> dict[str, Any]:
-    """What scores.json holds: scores, swapped, baseline, slices (values by name), intervals of the scores."""
+    """The content of scores.json: scores, swapped, baseline and slices (values by name), the confidence
+    intervals of the scores, the number of samples in each, and the settings.
+    """
     found: dict[str, Any] = {
         name: scores.as_dict()
         for name in ("scores", "swapped", "baseline")
@@ -245,13 +232,35 @@ def scores_json(evaluation: Evaluation) -> dict[str, Any]:
         "intervals": evaluation.scores.intervals,
         "counted": evaluation.scores.counted,
         "slices": {name: scores.as_dict() for name, scores in evaluation.by_slice.items()},
-        "how": evaluation.how,
+        "how": evaluation.settings,
     }
 
 
+def _loss_of(restored: Restored, samples: Samples, mesh: Mesh) -> float:
+    """The loss of `samples`, whose rows are as long as the longest sample. Raises BadInputError if a sample
+    cannot be read.
+    """
+    ours = restored.processor
+    tokenizer, tile = ours.tokenizer, ours.tile
+    costs = sample_costs(samples, Counter(tokenizer, ours.num_crops, tile))
+    maker = RowMaker(samples, tokenizer, ours.num_crops, tile, tokenizer.pad_token_id)
+    loss, unreadable = split_loss(
+        lambda row: restored.model(row=row),
+        maker,
+        costs,
+        row_tokens=max(_ROW_TOKENS, int(costs.tokens.max())),
+        views_per_call=restored.model.vision_chunk,
+        mesh=mesh,
+    )
+    if unreadable:
+        raise BadInputError(f"{len(unreadable)} samples cannot be read, the first is {unreadable[0]}")
+    return loss
+
+
 def _train_replies(dataset: str) -> list[str]:
+    """The reference replies of the train split; none if the dataset has no train split."""
     try:
         messages = read_index(dataset, "train", ["messages"])["messages"].to_pylist()
-    except BadInputError:  # a dataset of one split: then there is no constant to learn
+    except BadInputError:
         return []
     return [each[-1]["content"] for each in messages]

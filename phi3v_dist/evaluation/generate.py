@@ -1,9 +1,9 @@
-"""Answers by generation (never teacher-forced), spread over the ranks, every question exactly once.
+"""Answers by generation (never teacher-forced), divided between the ranks; every prompt is answered once.
 
-In: a model that is whole on every rank, or partitioned by ZeRO-3, and `Questions`. Out: the replies, in
-order, on every rank. With whole weights each rank answers its batches as if it were alone. With partitioned
-ones every layer is gathered for every token, so the ranks go in step: as many batches, of the same kind, and
-as many tokens in each. Called by evaluation, in training and afterwards, by `phi3v ask` and export.
+In: a model that is whole on every rank, or partitioned by ZeRO-3, and `Prompts`. Out: the answers, in order,
+on every rank. With whole weights each rank works through its batches independently. With partitioned weights
+every layer is gathered for every token, so all ranks must make the same calls: equally many batches, of the
+same kind, with equally many tokens generated in each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from phi3v_dist.checkpoint.restore import Restored
-from phi3v_dist.evaluation.prompts import Batch, Question, Questions, make_batches
+from phi3v_dist.evaluation.prompts import Batch, Prompt, Prompts, make_batches
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.processor.image import decode_image
 from phi3v_dist.processor.prompt import render
@@ -26,62 +26,69 @@ from shards.format.messages import image_tags
 _THUMBNAIL = 160  # px of the longer side
 
 
-def answer_all(
+def generate_all(
     restored: Restored,
-    questions: Questions,
+    prompts: Prompts,
     mesh: Mesh,
+    *,
     batch_size: int,
     max_new_tokens: int,
     thumbnails: int = 0,
 ) -> tuple[list[str], dict[int, bytes]]:
-    """The greedy replies to all questions, and small JPEGs of the first picture of the first `thumbnails`.
+    """The greedy answers to all prompts, in order, and small JPEGs (bytes by position) of the first image of
+    the first `thumbnails` prompts.
 
-    Raises BadInputError on every rank if a picture cannot be read on one.
+    batch_size: most prompts in a batch. Collective: all ranks call it and get the same result. Raises
+    BadInputError on every rank if one rank cannot read an image.
     """
     processor = restored.processor
-    shapes = questions.shapes(processor.tokenizer, processor.num_crops, processor.tile)
-    switch = restored.config.original_max_position_embeddings
-    batches = make_batches(shapes, batch_size, max_new_tokens, switch)
-    replies: dict[int, str] = {}
+    shapes = prompts.shapes(processor.tokenizer, processor.num_crops, processor.tile)
+    rope_switch = restored.config.original_max_position_embeddings
+    batches = make_batches(shapes, batch_size, max_new_tokens, rope_switch=rope_switch)
+    answers: dict[int, str] = {}
     small: dict[int, bytes] = {}
     fault: str | None = None
-    for batch, counts in _share(batches, mesh, in_step=restored.partitioned):
-        asked: list[Question] = []
+    for batch, counts in _batches_of_rank(batches, mesh, in_step=restored.partitioned):
+        asked: list[Prompt] = []
         try:
             if fault is None:
-                asked = questions.read(batch.places)
+                asked = prompts.read(batch.places)
         except BadInputError as error:
             fault = str(error)
         if restored.partitioned:
-            fault = _any_fault(mesh, fault)  # before the others wait in a collective
+            fault = _first_fault(mesh, fault)  # before the other ranks wait in a collective
         if fault is not None:
             break
-        said = answer(restored, asked, max_new_tokens, cache=not (restored.partitioned and batch.switches))
+        cache = not (restored.partitioned and batch.crosses_rope_switch)
+        texts = generate(restored, asked, max_new_tokens, cache=cache)
         if counts:
-            replies |= dict(zip(batch.places, said, strict=True))
-            for place, question in zip(batch.places, asked, strict=True):
-                if place < thumbnails and question.pictures:
-                    small[place] = thumbnail(question.pictures[0])
-    shares = mesh.gather((replies, small, fault))
-    for _, _, found in shares:
-        if found is not None:
-            raise BadInputError(found)
-    whole = {place: reply for share, _, _ in shares for place, reply in share.items()}
-    if sum(len(share) for share, _, _ in shares) != len(questions) or len(whole) != len(questions):
-        raise RuntimeError(f"{len(whole)} of {len(questions)} questions were answered once; a bug")
-    pictures = {place: data for _, share, _ in shares for place, data in share.items()}
-    return [whole[place] for place in range(len(questions))], pictures
+            answers |= dict(zip(batch.places, texts, strict=True))
+            for place, prompt in zip(batch.places, asked, strict=True):
+                if place < thumbnails and prompt.images:
+                    small[place] = thumbnail(prompt.images[0])
+    shares = mesh.gather((answers, small, fault))
+    for _, _, rank_fault in shares:
+        if rank_fault is not None:
+            raise BadInputError(rank_fault)
+    by_place = {place: answer for share, _, _ in shares for place, answer in share.items()}
+    if sum(len(share) for share, _, _ in shares) != len(prompts) or len(by_place) != len(prompts):
+        raise RuntimeError(f"{len(by_place)} of {len(prompts)} prompts were answered once; a bug")
+    images = {place: data for _, share, _ in shares for place, data in share.items()}
+    return [by_place[place] for place in range(len(prompts))], images
 
 
-def answer(
-    restored: Restored, questions: Sequence[Question], max_new_tokens: int, cache: bool = True
+def generate(
+    restored: Restored, prompts: Sequence[Prompt], max_new_tokens: int, *, cache: bool = True
 ) -> list[str]:
-    """The greedy replies to `questions` in one batch, padded on the left. cache: keep keys and values."""
+    """The greedy answers to `prompts` in one batch, padded on the left.
+
+    cache: keep keys and values of earlier tokens; without it every token computes the whole sequence again.
+    """
     model, processor = restored.model, restored.processor
-    inputs = [processor(q.prompt, list(q.pictures) or None, return_tensors="pt") for q in questions]
-    batch = _pad_left(inputs, processor.tokenizer.pad_token_id, restored.device, restored.dtype)
+    inputs = [processor(p.text, list(p.images) or None, return_tensors="pt") for p in prompts]
+    batch = _pad_left(inputs, processor.tokenizer.pad_token_id, device=restored.device, dtype=restored.dtype)
     chunk = model.vision_chunk
-    if restored.partitioned:  # one call of the tower on every rank, whatever its pictures
+    if restored.partitioned:  # ranks have different numbers of views, but must call the tower equally often
         model.vision_chunk = 1 << 30
     try:
         with torch.no_grad():
@@ -98,37 +105,39 @@ def answer(
     return [processor.tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in new]
 
 
-def ask(restored: Restored, picture: bytes, prompt: str, max_new_tokens: int) -> str:
-    """The reply to one question about one picture (the bytes of an image file).
+def ask(restored: Restored, image: bytes, prompt: str, *, max_new_tokens: int) -> str:
+    """The answer to one question about one image (the bytes of an image file).
 
-    Raises BadInputError for a picture that cannot be decoded.
+    prompt: the text of the question; a prompt without an image tag gets one in front. Raises BadInputError
+    for an image that cannot be decoded.
     """
     if not image_tags([{"role": "user", "content": prompt}]):
         prompt = f"<|image_1|>\n{prompt}"
     rendered = render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    return answer(restored, [Question("", rendered, "", (decode_image(picture),))], max_new_tokens)[0]
+    asked = Prompt(key="", text=rendered, truth="", images=(decode_image(image),))
+    return generate(restored, [asked], max_new_tokens)[0]
 
 
-def thumbnail(picture: Image.Image) -> bytes:
-    """A small JPEG of a picture."""
-    small = picture.convert("RGB")
+def thumbnail(image: Image.Image) -> bytes:
+    """A small JPEG (160 px on the longer side) of an image, as bytes."""
+    small = image.convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=80)
     return data.getvalue()
 
 
-def _share(batches: Sequence[Batch], mesh: Mesh, in_step: bool) -> list[tuple[Batch, bool]]:
-    """This rank's batches, and whether their replies count.
+def _batches_of_rank(batches: Sequence[Batch], mesh: Mesh, *, in_step: bool) -> list[tuple[Batch, bool]]:
+    """This rank's batches, each with whether its answers count.
 
-    in_step: every rank gets as many, and in each round all have the same kind; a rank without one of its own
-    repeats another's, which does not count.
+    in_step: every rank gets equally many batches, and in each round all ranks get the same kind. A rank that
+    has no batch left repeats another rank's; its answers do not count.
     """
     if not in_step:
         return [(batch, True) for batch in batches[mesh.rank :: mesh.size]]
     kinds: dict[tuple[bool, bool], list[Batch]] = {}
     for batch in batches:
-        kinds.setdefault((batch.pictures, batch.switches), []).append(batch)
+        kinds.setdefault((batch.has_images, batch.crosses_rope_switch), []).append(batch)
     mine = []
     for of_kind in kinds.values():
         for first in range(0, len(of_kind), mesh.size):
@@ -138,13 +147,17 @@ def _share(batches: Sequence[Batch], mesh: Mesh, in_step: bool) -> list[tuple[Ba
     return mine
 
 
-def _any_fault(mesh: Mesh, fault: str | None) -> str | None:
+def _first_fault(mesh: Mesh, fault: str | None) -> str | None:
+    """The fault of the first rank that has one; the same on all ranks."""
     return next((each for each in mesh.gather(fault) if each is not None), None)
 
 
 def _pad_left(
-    inputs: Sequence[Any], pad_id: int, device: torch.device, dtype: torch.dtype
+    inputs: Sequence[Any], pad_id: int, *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
+    """The processor's outputs for single prompts as one batch: input_ids and attention_mask int64
+    [prompts, longest], and pixel_values (in `dtype`) and image_sizes if there are images.
+    """
     width = max(each["input_ids"].shape[1] for each in inputs)
     ids = torch.full((len(inputs), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(inputs), width), dtype=torch.int64)
@@ -153,8 +166,8 @@ def _pad_left(
         ids[place, width - length :] = each["input_ids"][0]
         mask[place, width - length :] = 1
     batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    pictures = [each for each in inputs if "pixel_values" in each]
-    if pictures:
-        batch["pixel_values"] = torch.cat([each["pixel_values"] for each in pictures]).to(device, dtype)
-        batch["image_sizes"] = torch.cat([each["image_sizes"] for each in pictures]).to(device)
+    with_images = [each for each in inputs if "pixel_values" in each]
+    if with_images:
+        batch["pixel_values"] = torch.cat([each["pixel_values"] for each in with_images]).to(device, dtype)
+        batch["image_sizes"] = torch.cat([each["image_sizes"] for each in with_images]).to(device)
     return batch

@@ -1,9 +1,9 @@
 """Evaluation during training: loss and answers on the val split, by all ranks together.
 
-In: the run's configuration and the ZeRO-3 engine. Out: metrics eval/*, and RUN/eval/step-N with the answers,
-to the same samples each time. The loss goes through the engine over packed rows; for the answers the weights
-are gathered once where there is room (`whole`). An evaluation that fails (a picture, a user's metric, a full
-disk) says so and costs the run nothing else. Called by the train loop.
+In: the configuration of a run and its ZeRO-3 engine. Out: metrics eval/*, and RUN/eval/step-N with the
+answers; the samples are the same each time. The loss is computed by the engine over packed rows. For the
+answers the weights are gathered once if there is enough memory. An evaluation that fails (an image, a user's
+metric, a full disk) is reported in the log, and training continues.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import torch
 from phi3v_dist.checkpoint.restore import Restored
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import RowMaker
-from phi3v_dist.data.samples import Samples
 from phi3v_dist.data.tokens import Counter, sample_costs
 from phi3v_dist.engine.gather import gather_weights, keep_whole
-from phi3v_dist.evaluation.evaluate import Evaluation, How, score_answers, split_loss, write_evaluation
+from phi3v_dist.evaluation.evaluate import EvalSettings, Evaluation, score_answers, write_evaluation
+from phi3v_dist.evaluation.loss import split_loss
 from phi3v_dist.evaluation.metrics import find_metrics
-from phi3v_dist.evaluation.prompts import Question, Questions, read_split, spread
+from phi3v_dist.evaluation.prompts import Prompts, read_split, spread
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.parallel.mesh import Mesh
@@ -36,18 +36,19 @@ from phi3v_dist.run.layout import BEST_FILE, EVALUATIONS, evaluation_dir
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
 
+Metrics = dict[str, float | int | None]
 _log = logging.getLogger(__name__)
 
 
-class Validation:
-    """The val split of a run; `run` at any step, on all ranks. stop: whether this rank has been told to
-    stop.
+class InTrainingEvaluation:
+    """Evaluates a run on its val split; `run` may be called at any step, by all ranks together.
 
-    Raises BadInputError for metrics and a split that cannot be used.
+    stop: whether this rank has been told to stop. Raises BadInputError for metrics or a split that cannot be
+    used.
     """
 
     def __init__(
-        self, config: RunConfig, pretrained: Pretrained, mesh: Mesh, stop: Callable[[], bool]
+        self, config: RunConfig, pretrained: Pretrained, mesh: Mesh, *, stop: Callable[[], bool]
     ) -> None:
         self._config, self._pretrained, self._mesh, self._stop = config, pretrained, mesh, stop
         find_metrics(config.eval.metrics)
@@ -59,46 +60,57 @@ class Validation:
         self._costs = sample_costs(samples, Counter(pretrained.tokenizer, data.num_crops, tile))
         too_long = int((self._costs.tokens > data.seq_len).sum())
         if too_long:
-            _log.warning("%d val samples are longer than data.seq_len: no loss of them", too_long)
+            _log.warning(
+                "%d val samples are longer than data.seq_len; they do not count in eval/loss", too_long
+            )
         self._maker = RowMaker(
             samples, pretrained.tokenizer, data.num_crops, tile, pretrained.tokenizer.pad_token_id
         )
         self._processor = Phi3VProcessor(tokenizer=pretrained.tokenizer, num_crops=data.num_crops, tile=tile)
-        self._questions = _Interruptible(chosen.take(spread(len(chosen), ours.generate_samples)), stop)
-        self._how = How(
-            split=data.val_split, samples=ours.generate_samples, swap=False, batch_size=ours.batch_size,
-            max_new_tokens=ours.max_new_tokens, metrics=tuple(ours.metrics), slice_by=ours.slice_by,
-            seed=config.seed, weights=ours.weights,
-        )  # fmt: skip
+        answered = chosen.take(spread(len(chosen), ours.generate_samples))
+        self._prompts = Prompts(answered, before_read=self._refuse_after_stop)
+        self._settings = EvalSettings(
+            split=data.val_split,
+            samples=ours.generate_samples,
+            swap=False,
+            batch_size=ours.batch_size,
+            max_new_tokens=ours.max_new_tokens,
+            metrics=tuple(ours.metrics),
+            slice_by=ours.slice_by,
+            seed=config.seed,
+            weights=ours.weights,
+        )
 
-    def run(self, step: int, engine: Any) -> dict[str, float | int | None] | None:
-        """Metrics with keys eval/*, the same on every rank; writes RUN/eval/step-N if there are answers. None
-        if any rank was told to stop meanwhile: an evaluation may take longer than the time that is left.
-        Without the scores of the answers, aloud, if these cannot be made.
+    def run(self, step: int, engine: Any) -> Metrics | None:
+        """The metrics eval/* of `step`, the same on every rank; RUN/eval/step-N is written if there are
+        answers.
+
+        None if any rank was told to stop meanwhile, because an evaluation may take longer than the time that
+        is left. If the answers cannot be scored, an error is logged and only eval/loss is returned.
         """
         engine.eval()
-        metrics: dict[str, float | int | None] = {}
+        metrics: Metrics = {}
         try:
             if (self._costs.tokens <= self._config.data.seq_len).any():
                 metrics["eval/loss"] = self._loss(engine)
-            if not len(self._questions):
+            if not len(self._prompts):
                 return metrics
-            restored = self._answering(engine)
+            restored = self._model_for_answers(engine)
             evaluation = score_answers(
-                restored, self._questions, self._how, self._mesh, metrics.get("eval/loss")
+                restored, self._prompts, self._settings, mesh=self._mesh, loss=metrics.get("eval/loss")
             )
             del restored
         except _StoppedError:
             return None
         except BadInputError as error:
-            if self._asked_anywhere():
+            if self._any_rank_stops():
                 return None
-            _log.error("step %d: NO SCORES of the answers: %s; training goes on", step, error)
+            _log.error("step %d: NO SCORES of the answers: %s; training continues", step, error)
             return metrics
         finally:
             engine.train()
         if self._mesh.device.type == "cuda":
-            torch.cuda.empty_cache()  # the whole copy is gone; its memory is the next step's
+            torch.cuda.empty_cache()  # the next step needs the memory of the whole copy
         self._mesh.on_main(lambda: self._write(evaluation, step))
         return metrics | {f"eval/{name}": value for name, value in evaluation.scores.values.items()}
 
@@ -107,81 +119,80 @@ class Validation:
         try:
             write_evaluation(evaluation, out)
         except OSError as error:
-            _log.error("%s: the answers cannot be written (%s); training goes on", out, error.strerror)
+            _log.error("%s: the answers cannot be written (%s); training continues", out, error.strerror)
 
-    def _asked_anywhere(self) -> bool:
+    def _any_rank_stops(self) -> bool:
         return self._mesh.sum([float(self._stop())])[0] > 0
 
-    def _loss(self, engine: Any) -> float:
-        tokens = self._config.data.seq_len
+    def _refuse_after_stop(self) -> None:
+        """Ends the answering on all ranks: `generate_all` raises the error of one rank on every rank."""
+        if self._stop():
+            raise BadInputError("the run was told to stop")
 
+    def _loss(self, engine: Any) -> float:
         def forward(row: PackedRow) -> torch.Tensor:
-            if self._asked_anywhere():
+            if self._any_rank_stops():
                 raise _StoppedError
             loss: torch.Tensor = engine(row=row)
             return loss
 
-        views = self._config.views_per_call
-        loss, bad = split_loss(forward, self._maker, self._costs, tokens, views, self._mesh)
-        for reason in bad:
+        loss, unreadable = split_loss(
+            forward,
+            self._maker,
+            self._costs,
+            row_tokens=self._config.data.seq_len,
+            views_per_call=self._config.views_per_call,
+            mesh=self._mesh,
+        )
+        for reason in unreadable:
             _log.warning("val sample left out of the loss: %s", reason)
         return loss
 
-    def _answering(self, engine: Any) -> Restored:
-        """The model of today: a whole copy, else the engine's own in parts."""
+    def _model_for_answers(self, engine: Any) -> Restored:
+        """The current model: a whole copy if it fits, else the engine's partitioned one."""
         config, dtype = self._pretrained.model_config, torch_dtype(self._config.model.dtype)
-        shapes = self._questions.shapes(
+        shapes = self._prompts.shapes(
             self._pretrained.tokenizer, self._config.data.num_crops, self._processor.tile
         )
-        positions = max(shape.tokens for shape in shapes) + self._how.max_new_tokens
-        whole = keep_whole(self._how.weights, config, dtype, self._how.batch_size, positions, self._mesh)
-        device = self._mesh.device
-        if whole:
+        settings, device = self._settings, self._mesh.device
+        positions = max(shape.tokens for shape in shapes) + settings.max_new_tokens
+        if keep_whole(settings.weights, config, dtype, settings.batch_size, positions, self._mesh):
             copy = gather_weights(engine, config, dtype, device)
             return Restored(copy, config, self._processor, device, dtype)
         return Restored(engine.module, config, self._processor, device, dtype, partitioned=True)
 
 
 class _StoppedError(Exception):
-    """All ranks leave the evaluation: one of them was told to stop."""
-
-
-class _Interruptible(Questions):
-    """Questions that cannot be read any more once the run is to stop, which ends the answering everywhere."""
-
-    def __init__(self, samples: Samples, stop: Callable[[], bool]) -> None:
-        super().__init__(samples)
-        self._stop = stop
-
-    def read(self, places: Sequence[int]) -> list[Question]:
-        if self._stop():
-            raise BadInputError("the run is to stop")
-        return super().read(places)
+    """Raised on all ranks: one of them was told to stop."""
 
 
 class PendingEvaluation:
-    """An evaluation that was broken off, kept in RUN/eval/owed.json over restarts: the next start makes it.
+    """An interrupted evaluation, kept in RUN/eval/owed.json over restarts: the next start makes it.
 
-    step, metrics: of that step, whose line is not written before the evaluation is there; None if nothing is
-    pending. The same on all ranks, which call its methods together.
+    metrics: of the line of `step`, which is not written before the evaluation is made; None if nothing is
+    pending. step: that of the checkpoint from which the run resumes; a record of another step is deleted. The
+    state is the same on all ranks, which call the methods together.
     """
 
     def __init__(self, run_dir: Path, step: int, mesh: Mesh) -> None:
         self._file, self._mesh = run_dir / EVALUATIONS / "owed.json", mesh
-        self.metrics: dict[str, float | int | None] | None = mesh.on_main(lambda: self._read(step))
+        self.metrics: Metrics | None = mesh.on_main(lambda: self._read(step))
 
-    def _read(self, step: int) -> dict[str, float | int | None] | None:
+    def _read(self, step: int) -> Metrics | None:
         try:
             record = json.loads(self._file.read_text())
             if record["step"] == step:
                 return dict(record["metrics"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        self._remove()  # of a step that the run has not got any more
+        self._remove()
         return None
 
-    def note(self, step: int, metrics: dict[str, float | int | None]) -> None:
-        """The evaluation of `step` was broken off; metrics: the rest of that step's line."""
+    def record(self, step: int, metrics: Metrics) -> None:
+        """Records that the evaluation of `step` was interrupted. metrics: the rest of that step's line.
+
+        If the record cannot be written, a warning is logged and the evaluation is lost.
+        """
 
         def write() -> None:
             try:
@@ -192,8 +203,8 @@ class PendingEvaluation:
 
         self._mesh.on_main(write)
 
-    def settle(self) -> None:
-        """It has been made, and its line and checkpoint written."""
+    def clear(self) -> None:
+        """The evaluation has been made, and its line and checkpoint are written."""
         self.metrics = None
         self._mesh.on_main(self._remove)
 
@@ -203,8 +214,9 @@ class PendingEvaluation:
 
 
 class BestSoFar:
-    """The best evaluation of a run, kept in RUN/eval/best.json over restarts. What it is only the main rank
-    knows: its checkpoint may still be under way, or fail.
+    """The best evaluation of a run by eval.best_metric, kept in RUN/eval/best.json over restarts.
+
+    Only the main rank knows the best value: its checkpoint may still be being written, or fail.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
@@ -212,18 +224,18 @@ class BestSoFar:
         self._mesh = mesh
         self._file = config.run_dir / EVALUATIONS / BEST_FILE
         self._kept = self._read() if mesh.is_main else None
-        self._pending: float | None = None  # of the checkpoint that is under way
+        self._pending: float | None = None  # value of the checkpoint that is being written
 
-    def improves(self, metrics: dict[str, float | int | None], saving: Callable[[], bool]) -> bool:
-        """Whether these metrics, which all ranks have alike, are the best so far. saving: says on the main
-        rank whether a save is under way.
+    def improves(self, metrics: Metrics, saving: Callable[[], bool]) -> bool:
+        """Whether these metrics (equal on all ranks) are the best so far; the same on all ranks. saving: on
+        the main rank, whether a save is in progress.
         """
         value = metrics.get(self._metric) if self._metric else None
         return value is not None and self._mesh.on_main(lambda: self._beats(value, saving()))
 
-    def note(self, step: int, metrics: dict[str, float | int | None]) -> Callable[[], None]:
-        """The checkpoint of `step` is about to be saved as the best; what writes it down, for the main rank
-        to call when that checkpoint is there.
+    def record_when_saved(self, step: int, metrics: Metrics) -> Callable[[], None]:
+        """The checkpoint of `step` is about to be saved as the best one. Out: a function that records it in
+        best.json; the main rank calls it once that checkpoint is complete.
         """
         value = metrics[self._metric or ""]
         assert value is not None
@@ -238,7 +250,7 @@ class BestSoFar:
         return write
 
     def _beats(self, value: float, saving: bool) -> bool:
-        if not saving:  # what was is kept by now, or it has failed
+        if not saving:  # the pending checkpoint has been recorded by now, or its save has failed
             self._pending = None
         before = self._kept if self._pending is None else self._pending
         beats = before is None or (value > before if self._mode == "max" else value < before)

@@ -11,6 +11,8 @@ METRICS, STEP = "metrics.jsonl", "train/global_step"  # STEP: in each of its lin
 STARTS = "starts.jsonl"
 RUN_ID = "wandb_id"
 EVALUATIONS, BEST_FILE = "eval", "best.json"  # BEST_FILE: in EVALUATIONS, the best of them
+# In the directory of each evaluation; PREDICTIONS_TABLE: the answers with small images.
+SCORES, PREDICTIONS, PREDICTIONS_TABLE = "scores.json", "predictions.jsonl", "predictions.parquet"
 
 
 def evaluation_dir(run_dir: Path, step: int) -> Path:

@@ -1,8 +1,9 @@
-"""Reads back what W&B recorded on disk: the history of a run from its .wandb file.
+"""Reads what W&B recorded on disk: the history of a run from its .wandb file.
 
-The file is LevelDB's log format (blocks of 32 KiB; fragments with checksum, length, kind) of protobuf records
-behind a header of 7 bytes; wandb 0.31 writes it but has no reader in Python. In: a path. Out: one dict per
-logged step. Called by `wandb_run`, to go on where an earlier start of the run stopped, and by tests.
+The file has a header of 7 bytes and then LevelDB's log format (blocks of 32 KiB; fragments with checksum,
+length, kind) with protobuf records. wandb 0.31.0 (pinned in pyproject.toml) writes it and has no public
+reader in Python; the message types come from its private module wandb.proto.wandb_internal_pb2. In: a path.
+Out: one dict per logged step.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the items of every history record; what a killed process left half-written at the end is passed
-    over.
+    """The items of every history record of a .wandb file, in order; nested keys become nested dicts.
+
+    An incomplete record at the end (of a killed process) is skipped.
     """
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2  # private; wandb 0.31.0
 
     for data in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -40,7 +42,9 @@ def history(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_step(wandb_dir: Path, run_id: str) -> int:
-    """The largest train/global_step that any start of the run has recorded there; 0 without one."""
+    """The largest train/global_step that any start of the W&B run `run_id` has recorded under `wandb_dir`; 0
+    without one.
+    """
     step = 0
     for path in sorted(wandb_dir.glob(f"*run-*-{run_id}/run-{run_id}.wandb")):
         for items in history(path):
@@ -49,7 +53,8 @@ def last_step(wandb_dir: Path, run_id: str) -> int:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    place, whole = _HEADER, b""  # the first block holds the file's header as well
+    """The records of a LevelDB log behind a file header of 7 bytes, fragments joined."""
+    place, whole = _HEADER, b""  # the file's header, also 7 bytes, is part of the first block
     while place + _HEADER <= len(data):
         room = _BLOCK - place % _BLOCK
         if room < _HEADER:  # the end of a block is padding

@@ -1,10 +1,13 @@
-"""The W&B run of a training run: a thread that follows RUN/metrics.jsonl and says the same to W&B.
+"""The W&B run of a training run: a thread follows RUN/metrics.jsonl and sends every line to W&B.
 
-In: the run directory. Out: a W&B run, one over all starts of the training run, with every step once. The
-training loop never waits for it: a slow W&B falls behind and catches up from the file, one that dies is
-started again (Slurm's SIGTERM ends its service first), and what it has missed at the end is sent by the next
-start or by `phi3v report --sync`. wandb is imported here and nowhere else, in the thread. Called by the
-tracker and `phi3v report --sync`.
+In: the run directory. Out: one W&B run over all starts of the training run, with every step once. The
+training loop never waits for W&B. If W&B is slow, the thread falls behind and catches up from the file. If
+its service dies (Slurm's SIGTERM ends it first), it is started again. What is still missing at the end is
+sent by the next start or by `phi3v report --sync`. wandb is imported inside functions, so that importing this
+module is cheap.
+
+Names of wandb that are not documented, checked with wandb 0.31.0 (pinned in pyproject.toml): the settings
+`x_primary` and `x_label` in `NodeMetrics` and `start_run`, and the process name wandb-core in `_end_service`.
 """
 
 from __future__ import annotations
@@ -26,66 +29,75 @@ import psutil
 from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.config import RunConfig
 from phi3v_dist.run.layout import CHECKPOINTS, METRICS, RUN_ID, STEP, evaluation_dir
+from phi3v_dist.tracking.predictions import read_predictions
+from phi3v_dist.tracking.wandb_file import last_step
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
+from shards.common.text import first_line
 
 FOLDER = "wandb"
 _POLL_S = 1.0
-_RESTARTS, _PAUSE_S = 5, 30.0
+_RESTARTS, _PAUSE_S = 5, 30.0  # of W&B after a failure, and seconds before each
 _INIT_TIMEOUT_S = 60.0
 _log = logging.getLogger(__name__)
 
 
 class Mirror:
-    """The thread. mode: "online" or "offline". preempting: set before `close` if the run will go on."""
+    """Sends RUN/metrics.jsonl to W&B from a thread of its own, from the constructor to `close`.
 
-    def __init__(self, config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any]) -> None:
+    mode: "online" or "offline". about: see `Tracker`. preempting: set it before `close` if the run will
+    resume. sent: the last step that W&B has.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, mode: str, *, about: dict[str, Any]) -> None:
         self._config, self._run_dir, self._mode, self._about = config, run_dir, mode, about
         self._wake, self._closing = threading.Event(), threading.Event()
-        self._left = False
+        self._gave_up = False
         self._exit_code = 0
         self._best_sent = _pointer(run_dir, checkpoint.BEST)
         self.preempting = False
-        self.sent = 0  # the last step that W&B has
+        self.sent = 0
         self._thread = threading.Thread(target=self._follow, name="wandb", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """There is a new line."""
+        """Tells the thread that there is a new line."""
         self._wake.set()
 
     def close(self, exit_code: int) -> None:
-        """Waits until W&B has everything, track.close_timeout_s at most; then goes without it."""
+        """Waits until W&B has everything, at most track.close_timeout_s seconds; then gives up.
+
+        exit_code: of the training process, for the W&B run.
+        """
         self._exit_code = exit_code
         self._closing.set()
         self._wake.set()
         self._thread.join(self._config.track.close_timeout_s)
         if self._thread.is_alive():
             _log.warning(
-                "W&B has the run up to step %d only after %.0f s of waiting; the rest is in %s, "
+                "after %.0f s of waiting W&B has the run only up to step %d; the rest is in %s, "
                 "`phi3v report %s --sync` sends it",
-                self.sent, self._config.track.close_timeout_s, self._run_dir, self._run_dir,
+                self._config.track.close_timeout_s, self.sent, self._run_dir, self._run_dir,
             )  # fmt: skip
-            self._left = True
+            self._gave_up = True
             _end_service()
 
     def _follow(self) -> None:
         for restarts in range(_RESTARTS + 1):
             run = None
             try:
-                run = start_run(self._config, self._run_dir, self._mode, self._about)
+                run = start_run(self._config, self._run_dir, self._mode, about=self._about)
                 self._send(run)
                 return
-            except Exception as error:  # whatever W&B raises must not stop training
-                if self._left:
+            except Exception as error:  # nothing that W&B raises may stop training
+                if self._gave_up:
                     return
-                died = run is not None or isinstance(error, ConnectionError)  # else it cannot start here
+                died = run is not None or isinstance(error, ConnectionError)  # else it cannot start at all
                 again = died and restarts < _RESTARTS
-                first = next(iter(str(error).splitlines()), "")
                 _log.warning(
-                    "W&B failed (%s: %s); %s, the metrics are in %s",
-                    type(error).__name__, first,
-                    "starting it again" if again else "going on without it", self._run_dir,
+                    "W&B failed (%s: %s); %s; the metrics are in %s",
+                    type(error).__name__, first_line(error),
+                    "starting it again" if again else "continuing without it", self._run_dir,
                 )  # fmt: skip
                 _end_service()
                 if not again:
@@ -93,15 +105,15 @@ class Mirror:
             self._closing.wait(_PAUSE_S)
 
     def _send(self, run: Any) -> None:
-        """What W&B does not have yet, and what comes, to the end of this process's part of the run."""
+        """Sends the lines that W&B does not have, then new ones until `close`, then ends the W&B run."""
         self.sent = recorded_step(self._run_dir, run)
         place = 0
         while True:
-            closing = self._closing.is_set()  # asked before reading: then the last line is among them
+            closing = self._closing.is_set()  # read before the file, so that the last line is not missed
             lines, place = _new_lines(self._run_dir / METRICS, place)
             for line in lines:
                 if line[STEP] > self.sent:
-                    run.log(line | _table(self._run_dir, line))
+                    run.log(line | _answers_table(self._run_dir, line))
                     self.sent = line[STEP]
             self._send_best(run)
             if closing:
@@ -113,7 +125,7 @@ class Mirror:
     def _end(self, run: Any) -> None:
         last = checkpoint.pointed(self._run_dir / CHECKPOINTS, checkpoint.LATEST)
         if self._exit_code == 0 and last is not None:
-            _log_model(run, self._config, last, ["latest"])
+            _log_model(run, self._config, last, aliases=["latest"])
         if self.preempting:
             run.mark_preempting()
         run.finish(exit_code=self._exit_code)
@@ -124,13 +136,14 @@ class Mirror:
             return
         target = checkpoint.best(self._run_dir / CHECKPOINTS)
         if target is not None:
-            _log_model(run, self._config, target, ["best"])
+            _log_model(run, self._config, target, aliases=["best"])
         self._best_sent = best
 
 
 def sync(run_dir: Path) -> str:
-    """Uploads what the starts of a run have recorded, in order, with the client's `wandb sync`; says what it
-    did. Raises BadInputError if there is nothing, or the client fails.
+    """Uploads what all starts of a run have recorded, in order, with `wandb sync`. Out: a line for the user.
+
+    Raises BadInputError if nothing is recorded or `wandb sync` fails.
     """
     folders = sorted((run_dir / FOLDER).glob("*run-*-*"))
     folders = [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
@@ -150,7 +163,10 @@ def sync(run_dir: Path) -> str:
 
 
 class NodeMetrics:
-    """System metrics of a further node, as a second writer of the same W&B run (shared mode, online only)."""
+    """Records system metrics of another node, as a second writer of the same W&B run (shared mode, online).
+
+    node: its label in W&B. `close` ends it.
+    """
 
     def __init__(self, config: RunConfig, run_dir: Path, node: str) -> None:
         self._done = threading.Event()
@@ -159,6 +175,7 @@ class NodeMetrics:
         self._thread.start()
 
     def close(self) -> None:
+        """Ends the recording; waits at most 10 s."""
         self._done.set()
         self._thread.join(10)
 
@@ -169,15 +186,18 @@ class NodeMetrics:
             while not record.exists():  # the main rank's thread writes it
                 if self._done.wait(_POLL_S):
                     return
-            run = _init(config, run_dir, "shared", {}, x_primary=False, x_label=node)
+            run = _init(config, run_dir, "shared", about={}, x_primary=False, x_label=node)  # wandb 0.31.0
             self._done.wait()
             run.finish()
         except Exception as error:
             _log.warning("W&B failed (%s); no system metrics of this node", type(error).__name__)
 
 
-def start_run(config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any]) -> Any:
-    """The W&B run of this training run, the same at every start; offline if the server is not reached."""
+def start_run(config: RunConfig, run_dir: Path, mode: str, *, about: dict[str, Any]) -> Any:
+    """Opens the W&B run of this training run; its id is the same at every start. Out: a wandb.Run.
+
+    mode: "online" (offline if the server cannot be reached) or "offline". Raises what wandb raises.
+    """
     import wandb
 
     record = run_dir / RUN_ID
@@ -185,18 +205,18 @@ def start_run(config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any]
         write_atomically(record, secrets.token_hex(4).encode())
     try:
         if mode == "online" and config.track.node_metrics:
-            run = _init(config, run_dir, "shared", about, x_primary=True, x_label="node-0")
+            # x_ settings: wandb 0.31.0
+            run = _init(config, run_dir, "shared", about=about, x_primary=True, x_label="node-0")
         else:
-            run = _init(config, run_dir, mode, about)
+            run = _init(config, run_dir, mode, about=about)
     except wandb.errors.Error as error:
         if mode != "online":
             raise
-        first = next(iter(str(error).splitlines()), "")
         _log.warning(
             "W&B is not reached (%s: %s); recording offline, `phi3v report %s --sync` uploads it",
-            type(error).__name__, first, run_dir,
+            type(error).__name__, first_line(error), run_dir,
         )  # fmt: skip
-        run = _init(config, run_dir, "offline", about)
+        run = _init(config, run_dir, "offline", about=about)
     run.define_metric(STEP, hidden=True)
     run.define_metric("*", step_metric=STEP)
     if config.eval.best_metric:
@@ -206,9 +226,7 @@ def start_run(config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any]
 
 
 def recorded_step(run_dir: Path, run: Any) -> int:
-    """The last step that W&B has of this run, on disk from any start or on the server."""
-    from phi3v_dist.tracking.wandb_file import last_step
-
+    """The last step of this run that W&B has, on disk from any start or on the server. run: a wandb.Run."""
     on_disk = last_step(run_dir / FOLDER, (run_dir / RUN_ID).read_text().strip())
     try:
         return max(on_disk, int(run.summary.get(STEP) or 0))
@@ -216,10 +234,10 @@ def recorded_step(run_dir: Path, run: Any) -> int:
         return on_disk
 
 
-def _init(config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any], **settings: Any) -> Any:
+def _init(config: RunConfig, run_dir: Path, mode: str, *, about: dict[str, Any], **settings: Any) -> Any:
     import wandb
 
-    # Pictures of tables are staged there for upload; by default in the home, which nodes may not share.
+    # Images of tables are staged there for upload. The default is the home, which nodes may not share.
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / FOLDER / "data").absolute()))
     more = {name: value for name, value in about.items() if name != "config"}
     return wandb.init(
@@ -244,7 +262,7 @@ def _init(config: RunConfig, run_dir: Path, mode: str, about: dict[str, Any], **
 
 
 def _new_lines(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of `path` from byte `place` on, and where they end."""
+    """The complete lines of `path` from byte `place` on, and the byte at which they end."""
     try:
         with path.open("rb") as stream:
             stream.seek(place)
@@ -255,38 +273,37 @@ def _new_lines(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
     return [json.loads(line) for line in whole.splitlines()], place + len(whole)
 
 
-def _table(run_dir: Path, line: dict[str, Any]) -> dict[str, Any]:
-    """The answers of the evaluation at this line's step as a W&B table, if there was one."""
-    from phi3v_dist.evaluation.evaluate import TABLE
-
-    file = evaluation_dir(run_dir, line[STEP]) / TABLE
-    if not any(key.startswith("eval/") for key in line) or not file.exists():
+def _answers_table(run_dir: Path, line: dict[str, Any]) -> dict[str, Any]:
+    """{"eval/predictions": wandb.Table} with the answers of the evaluation at this line's step; {} if there
+    was none.
+    """
+    if not any(key.startswith("eval/") for key in line):
         return {}
-    import pyarrow.parquet as pq
+    answers = read_predictions(evaluation_dir(run_dir, line[STEP]))
+    if not answers:
+        return {}
     import wandb
     from PIL import Image
 
-    rows = pq.read_table(file).to_pylist()
-    fixed = ("prompt", "truth", "prediction")
-    errors = [name for name in rows[0] if name not in ("key", "slice", "picture", *fixed)] if rows else []
-    table = wandb.Table(columns=["step", "picture", "key", *fixed, *errors])
-    for row in rows:
-        data = row["picture"]
-        picture = None if data is None else wandb.Image(Image.open(io.BytesIO(data)))
-        texts = [row[name] for name in ("key", *fixed)]
-        table.add_data(line[STEP], picture, *texts, *(row[name] for name in errors))
+    metrics = list(answers[0].values)
+    table = wandb.Table(columns=["step", "picture", "key", "prompt", "truth", "prediction", *metrics])
+    for answer in answers:
+        image = None if answer.image is None else wandb.Image(Image.open(io.BytesIO(answer.image)))
+        texts = (answer.key, answer.prompt, answer.truth, answer.prediction)
+        table.add_data(line[STEP], image, *texts, *(answer.values[name] for name in metrics))
     return {"eval/predictions": table}
 
 
 def _pointer(run_dir: Path, name: str) -> str | None:
+    """The text of the pointer file `name` among the checkpoints, None if there is none."""
     try:
         return (run_dir / CHECKPOINTS / name).read_text().strip()
     except OSError:
         return None
 
 
-def _log_model(run: Any, config: RunConfig, target: Path, aliases: list[str]) -> None:
-    """The checkpoint `target` as an artifact: where it lies, or its files; what made it as metadata."""
+def _log_model(run: Any, config: RunConfig, target: Path, *, aliases: list[str]) -> None:
+    """Logs the checkpoint `target` as a W&B artifact, by reference or with its files, with metadata."""
     if config.track.artifacts == "none":
         return
     import wandb
@@ -311,13 +328,18 @@ def _log_model(run: Any, config: RunConfig, target: Path, aliases: list[str]) ->
 
 
 def _value_at(run_dir: Path, step: int, metric: str | None) -> float | None:
+    """The value of `metric` in the line of `step`, None without one."""
     lines, _ = _new_lines(run_dir / METRICS, 0)
     found = [line[metric] for line in lines if line[STEP] == step and metric in line]
     return found[-1] if found else None
 
 
 def _end_service() -> None:
-    """Ends the W&B service that this process started, so that leaving does not wait for it."""
+    """Ends the W&B service that this process started, so that the process does not wait for it at exit.
+
+    wandb 0.31.0 has no public way to end a service that hangs: `teardown` waits for it. Its process is a
+    child of ours named wandb-core.
+    """
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
             if any("wandb-core" in part for part in child.cmdline()):
@@ -328,7 +350,7 @@ def _end_service() -> None:
 
 
 def _tear_down() -> None:
-    """Otherwise wandb does it at exit, with a traceback for a service that is gone."""
+    """Without this, wandb 0.31.0 tears down at exit and prints a traceback because the service is gone."""
     with contextlib.suppress(Exception):
         import wandb
 

@@ -11,9 +11,9 @@ import torch
 
 from phi3v_dist.checkpoint.restore import Restored, find_source, restore
 from phi3v_dist.config import load_config
-from phi3v_dist.evaluation.evaluate import How, evaluate, write_evaluation
-from phi3v_dist.evaluation.generate import answer, answer_all, ask
-from phi3v_dist.evaluation.prompts import Questions, Shape, make_batches, read_split
+from phi3v_dist.evaluation.evaluate import EvalSettings, evaluate, write_evaluation
+from phi3v_dist.evaluation.generate import ask, generate, generate_all
+from phi3v_dist.evaluation.prompts import Prompts, PromptShape, make_batches, read_split
 from phi3v_dist.export import export
 from phi3v_dist.model.hub import load_config as load_model_config
 from phi3v_dist.pretrained import Pretrained, model_config_of, prepare_pretrained
@@ -22,7 +22,7 @@ from shards.common.errors import BadInputError
 from shards.format.index import read_index
 from shards.sample import make_catalogue
 from tests.alone import ALONE
-from tests.evaluation.evaluate_rank import HOW
+from tests.evaluation.evaluate_rank import SETTINGS
 from tests.ranks import finish, start
 
 
@@ -37,8 +37,8 @@ def restored(pretrained: Pretrained) -> Restored:
     return restore(find_source(pretrained.model_dir), "cpu", torch.float32)
 
 
-def questions_of(products: Path, split: str, number: int) -> Questions:
-    return Questions(read_split([str(products)], split, None).take(range(number)))
+def prompts_of(products: Path, split: str, number: int) -> Prompts:
+    return Prompts(read_split([str(products)], split, None).take(range(number)))
 
 
 def test_a_new_model_is_made_once_and_the_same_for_the_same_seed(
@@ -98,62 +98,62 @@ def test_a_misspelt_key_of_a_new_model_is_refused(tiny_config: Path, key: str, w
 
 
 def test_samples_are_told_apart_by_a_field_of_their_meta(products: Path) -> None:
-    codes = questions_of(products, "train", 5).parts("product_code")
+    codes = prompts_of(products, "train", 5).parts("product_code")
     assert len(set(codes)) == 5 and None not in codes
-    assert questions_of(products, "train", 5).parts("no_such_field") == [None] * 5
+    assert prompts_of(products, "train", 5).parts("no_such_field") == [None] * 5
 
 
 def test_answers_do_not_depend_on_what_shares_the_batch(products: Path, restored: Restored) -> None:
-    questions = questions_of(products, "train", 5)
-    alone = [answer(restored, questions.read([place]), 12)[0] for place in range(5)]
-    assert answer_all(restored, questions, ALONE, 4, 12)[0] == alone
-    assert answer(restored, questions.read([4, 1, 2]), 12) == [alone[4], alone[1], alone[2]]
+    prompts = prompts_of(products, "train", 5)
+    alone = [generate(restored, prompts.read([place]), 12)[0] for place in range(5)]
+    assert generate_all(restored, prompts, ALONE, batch_size=4, max_new_tokens=12)[0] == alone
+    assert generate(restored, prompts.read([4, 1, 2]), 12) == [alone[4], alone[1], alone[2]]
 
 
 def test_answers_near_the_switch_of_the_rope_factors_are_those_of_each_alone(
     products: Path, restored: Restored
 ) -> None:
-    questions = questions_of(products, "train", 6)
+    prompts = prompts_of(products, "train", 6)
     processor = restored.processor
-    shapes = questions.shapes(processor.tokenizer, processor.num_crops, processor.tile)
-    read = questions.read(range(6))
-    inputs = [processor(q.prompt, list(q.pictures), return_tensors="pt") for q in read]
+    shapes = prompts.shapes(processor.tokenizer, processor.num_crops, processor.tile)
+    read = prompts.read(range(6))
+    inputs = [processor(p.text, list(p.images), return_tensors="pt") for p in read]
     assert [shape.tokens for shape in shapes] == [each["input_ids"].shape[1] for each in inputs]
     # a model whose factors switch in the midst of these prompts and their answers
     middle = sorted(shape.tokens for shape in shapes)[3] + 4
     restored.config.original_max_position_embeddings = middle
     restored.model.config.original_max_position_embeddings = middle
     restored.model.model.rope.original_max = middle
-    alone = [answer(restored, [question], 12)[0] for question in read]
-    assert answer_all(restored, questions, ALONE, 6, 12)[0] == alone
+    alone = [generate(restored, [prompt], 12)[0] for prompt in read]
+    assert generate_all(restored, prompts, ALONE, batch_size=6, max_new_tokens=12)[0] == alone
 
 
 def test_batches_keep_apart_what_would_change_its_neighbours() -> None:
     sizes = [(10, 1), (95, 1), (97, 1), (120, 1), (130, 1), (11, 0), (12, 200), (13, 100)]
-    shapes = [Shape(tokens, views, min(1, views)) for tokens, views in sizes]
-    batches = make_batches(shapes, 4, 8, 100)
+    shapes = [PromptShape(tokens, views, min(1, views)) for tokens, views in sizes]
+    batches = make_batches(shapes, 4, 8, rope_switch=100)
     assert sorted(place for batch in batches for place in batch.places) == list(range(8))
     assert {batch.places for batch in batches} == {(4, 3), (1,), (2,), (7,), (6, 0), (5,)}
-    assert {batch.places for batch in batches if batch.switches} == {(1,), (2,)}
-    assert [batch.places for batch in batches if not batch.pictures] == [(5,)]
+    assert {batch.places for batch in batches if batch.crosses_rope_switch} == {(1,), (2,)}
+    assert [batch.places for batch in batches if not batch.has_images] == [(5,)]
 
 
 def test_a_question_ends_where_the_reply_begins(products: Path) -> None:
-    questions = questions_of(products, "val", 1)
-    (question,) = questions.read([0])
-    assert question.prompt.endswith("<|end|>\n<|assistant|>\n")
-    assert question.truth == questions.truths[0] and question.truth not in question.prompt
+    prompts = prompts_of(products, "val", 1)
+    (prompt,) = prompts.read([0])
+    assert prompt.text.endswith("<|end|>\n<|assistant|>\n")
+    assert prompt.truth == prompts.truths[0] and prompt.truth not in prompt.text
 
 
 def test_swapped_pictures_are_all_others(products: Path) -> None:
-    questions = questions_of(products, "train", 20)
-    swapped = questions.swapped(0)
-    assert swapped.truths == questions.truths
-    ours, theirs = questions._pictures_of, swapped._pictures_of
+    prompts = prompts_of(products, "train", 20)
+    swapped = prompts.swapped(0)
+    assert swapped.truths == prompts.truths
+    ours, theirs = prompts._images_of, swapped._images_of
     assert all(a != b for a, b in zip(ours, theirs, strict=True)) and sorted(theirs) == ours
-    assert questions.swapped(0)._pictures_of == theirs
-    a, b = questions.read([theirs[3]])[0], swapped.read([3])[0]
-    assert a.pictures[0].tobytes() == b.pictures[0].tobytes() and a.key != b.key
+    assert prompts.swapped(0)._images_of == theirs
+    a, b = prompts.read([theirs[3]])[0], swapped.read([3])[0]
+    assert a.images[0].tobytes() == b.images[0].tobytes() and a.key != b.key
 
 
 def test_every_sample_is_answered_once_and_written(
@@ -161,8 +161,8 @@ def test_every_sample_is_answered_once_and_written(
 ) -> None:
     source = find_source(pretrained.model_dir)
     index = read_index(str(products), "val")
-    result = evaluate(source, str(products), How(batch_size=4, max_new_tokens=6), ALONE)
-    assert [row["key"] for row in result.rows] == index["key"].to_pylist()
+    result = evaluate(source, str(products), EvalSettings(batch_size=4, max_new_tokens=6), mesh=ALONE)
+    assert [answer.key for answer in result.answers] == index["key"].to_pylist()
     assert result.baseline is not None and result.baseline.values["price_parse_rate"] == 1
     assert result.swapped is not None and result.swapped.samples == index.num_rows
     assert sum(scores.samples for scores in result.by_slice.values()) == index.num_rows
@@ -174,10 +174,10 @@ def test_every_sample_is_answered_once_and_written(
     table = pq.read_table(tmp_path / "eval" / "predictions.parquet")
     assert table["key"].to_pylist() == index["key"].to_pylist()
     assert all(data.startswith(b"\xff\xd8") for data in table["picture"].to_pylist())
-    how = How(
+    settings = EvalSettings(
         split="train", samples=3, swap=False, loss=False, metrics=("anls",), batch_size=4, max_new_tokens=4
     )
-    few = evaluate(source, str(products), how, ALONE)
+    few = evaluate(source, str(products), settings, mesh=ALONE)
     assert few.scores.samples == 3 and few.swapped is None and list(few.scores.values) == ["anls"]
 
 
@@ -194,7 +194,7 @@ def test_any_number_of_ranks_gives_the_same_files(
     code, output = finish(start(4, str(Path(__file__).with_name("evaluate_rank.py")), *run))
     assert code == 0, output[-3000:]
     write_evaluation(
-        evaluate(find_source(pretrained.model_dir), str(products), HOW, ALONE), tmp_path / "alone"
+        evaluate(find_source(pretrained.model_dir), str(products), SETTINGS, mesh=ALONE), tmp_path / "alone"
     )
     for name in ("predictions.jsonl", "predictions.parquet", "scores.json"):
         found = {(tmp_path / way / name).read_bytes() for way in ("alone", "whole", "partitioned")}
@@ -208,11 +208,11 @@ def test_what_cannot_be_used_is_refused(
 ) -> None:
     source = find_source(pretrained.model_dir)
     with pytest.raises(BadInputError, match="undecodable"):
-        ask(restored, b"not a picture", "What?", 4)
+        ask(restored, b"not a picture", "What?", max_new_tokens=4)
     with pytest.raises(BadInputError, match="no split 'test'"):
-        evaluate(source, str(products), How(split="test"), ALONE)
+        evaluate(source, str(products), EvalSettings(split="test"), mesh=ALONE)
     with pytest.raises(BadInputError, match="no metric 'prise'"):
-        evaluate(source, str(products), How(metrics=("prise",)), ALONE)
+        evaluate(source, str(products), EvalSettings(metrics=("prise",)), mesh=ALONE)
     with pytest.raises(BadInputError, match="neither a run, nor a checkpoint"):
         find_source(tmp_path)
     with pytest.raises(BadInputError, match="is no run"):

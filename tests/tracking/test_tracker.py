@@ -59,14 +59,14 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_resumed_run_has_no_step_twice_and_no_half_line(run_dir: Path) -> None:
-    first = Tracker(config(run_dir, "disabled"), run_dir, 0, {"world_size": 2})
+    first = Tracker(config(run_dir, "disabled"), run_dir, 0, about={"world_size": 2})
     for step in range(1, 6):
         first.log(step, {"train/loss": step / 2, "eval/price_mae": None, "x": float("nan")})
     first.close()
     with (run_dir / "metrics.jsonl").open("a") as stream:
         stream.write('\0\0\0 left by a crash of the machine\n{"train/global_step": 6, "train/lo')
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 5
-    second = Tracker(config(run_dir, "disabled"), run_dir, 3, {"world_size": 4})
+    second = Tracker(config(run_dir, "disabled"), run_dir, 3, about={"world_size": 4})
     second.log(4, {"train/loss": 9.0})
     second.close()
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -78,7 +78,7 @@ def test_a_resumed_run_has_no_step_twice_and_no_half_line(run_dir: Path) -> None
 
 def test_one_wandb_run_over_all_starts_has_every_step_once(run_dir: Path) -> None:
     about = {"data_fingerprint": "abc", "config": {"not": "twice"}}
-    first = Tracker(config(run_dir, "offline"), run_dir, 0, about)
+    first = Tracker(config(run_dir, "offline"), run_dir, 0, about=about)
     answers = evaluation_dir(run_dir, 2)
     answers.mkdir(parents=True)
     row = {"key": "k", "slice": "BAGS", "prompt": "p", "truth": "t", "prediction": "q", "price_mae": 1.0}
@@ -89,7 +89,7 @@ def test_one_wandb_run_over_all_starts_has_every_step_once(run_dir: Path) -> Non
     first.close(1)
     recorded(run_dir, 5)
     # killed at 5, goes on from the checkpoint of 3: 4 and 5 come again, for W&B they are there already
-    second = Tracker(config(run_dir, "offline"), run_dir, 3, about)
+    second = Tracker(config(run_dir, "offline"), run_dir, 3, about=about)
     for step in (4, 5, 6):
         second.log(step, {"train/loss": 1.0 / step})
     second.close()
@@ -105,7 +105,7 @@ def test_one_wandb_run_over_all_starts_has_every_step_once(run_dir: Path) -> Non
 
     # what W&B has lost is sent again by the next start, from metrics.jsonl
     shutil.rmtree(kept[1])
-    third = Tracker(config(run_dir, "offline"), run_dir, 6, about)
+    third = Tracker(config(run_dir, "offline"), run_dir, 6, about=about)
     third.close()
     assert [items["train/global_step"] for items in recorded(run_dir, 6)] == [1, 2, 3, 4, 5, 6]
 
@@ -113,7 +113,7 @@ def test_one_wandb_run_over_all_starts_has_every_step_once(run_dir: Path) -> Non
 def test_a_killed_wandb_stops_nothing_and_misses_nothing(
     run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = Tracker(config(run_dir, "offline", "track.close_timeout_s=20"), run_dir, 0, {})
+    tracker = Tracker(config(run_dir, "offline", "track.close_timeout_s=20"), run_dir, 0, about={})
     tracker.log(1, {"train/loss": 1.0})
     until = time.time() + 60
     mirror = tracker.mirror
@@ -146,7 +146,7 @@ def test_a_wandb_that_dies_as_it_starts_is_started_again(
         return init(**settings)
 
     monkeypatch.setattr(wandb, "init", fails_once)
-    tracker = Tracker(config(run_dir, "offline"), run_dir, 0, {})
+    tracker = Tracker(config(run_dir, "offline"), run_dir, 0, about={})
     tracker.log(1, {"train/loss": 1.0})
     tracker.close(3)
     assert not failures and [items["train/global_step"] for items in recorded(run_dir, 1)] == [1]
@@ -172,7 +172,7 @@ from pathlib import Path
 from phi3v_dist.config import load_config
 from phi3v_dist.tracking.tracker import Tracker
 run_dir = Path(sys.argv[1])
-tracker = Tracker(load_config(run_dir / "c.yaml", sys.argv[2:]), run_dir, 0, {})
+tracker = Tracker(load_config(run_dir / "c.yaml", sys.argv[2:]), run_dir, 0, about={})
 slowest = 0.0
 for step in range(1, 50):
     began = time.perf_counter()
@@ -208,15 +208,15 @@ def test_a_wandb_that_cannot_start_is_said_once(
 
     monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no network")))
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(config(run_dir, "online"), run_dir, 0, {})
+        tracker = Tracker(config(run_dir, "online"), run_dir, 0, about={})
         tracker.log(1, {"train/loss": 1.0})
         tracker.close()
-    assert caplog.text.count("W&B failed (RuntimeError: no network); going on without it") == 1
+    assert caplog.text.count("W&B failed (RuntimeError: no network); continuing without it") == 1
     assert steps(run_dir) == [1]
 
 
 def test_a_full_disk_keeps_the_lines_in_memory(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Tracker(config(run_dir, "disabled"), run_dir, 0, {})
+    tracker = Tracker(config(run_dir, "disabled"), run_dir, 0, about={})
     tracker.log(1, {"train/loss": 1.0})
     (run_dir / "metrics.jsonl").rename(run_dir / "aside")
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
@@ -248,7 +248,7 @@ def test_the_best_evaluation_outlives_a_restart(run_dir: Path) -> None:
     ours = config(run_dir, "disabled", "eval.best_metric=eval/f1", "eval.best_mode=max")
     best = BestSoFar(ours, ALONE)
     assert best.improves({"eval/f1": 0.5}, nothing) and not best.improves({"eval/loss": 1.0}, nothing)
-    write = best.note(10, {"eval/f1": 0.5})
+    write = best.record_when_saved(10, {"eval/f1": 0.5})
     assert not (run_dir / "eval/best.json").exists(), "it is written down when its checkpoint is there"
     write()
     again = BestSoFar(ours, ALONE)
@@ -260,7 +260,7 @@ def test_the_best_evaluation_outlives_a_restart(run_dir: Path) -> None:
 
 def test_an_evaluation_is_not_the_best_if_its_checkpoint_failed(run_dir: Path) -> None:
     best = BestSoFar(config(run_dir, "disabled"), ALONE)
-    best.note(10, {"eval/loss": 1.0})
+    best.record_when_saved(10, {"eval/loss": 1.0})
     assert not best.improves({"eval/loss": 2.0}, lambda: True), "that one is still being written"
     assert best.improves({"eval/loss": 2.0}, nothing), "it is not there"
 
