@@ -1,6 +1,6 @@
-"""What the files of a run directory say, as one value. Called by the page.
+"""The files of a run directory as one value.
 
-In: a run directory, alive or finished. Out: `Run`. A file that is missing leaves its part empty.
+In: the directory of a run that has ended or still runs. Out: `Run`. A missing file leaves its part empty.
 """
 
 from __future__ import annotations
@@ -10,41 +10,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from phi3v_dist.evaluation.evaluate import PREDICTIONS, SCORES, TABLE
 from phi3v_dist.exits import EXIT_FILE
-from phi3v_dist.run.layout import BEST_FILE, CONFIG, EVALUATIONS, METRICS, STARTS, STEP
+from phi3v_dist.run.layout import BEST_FILE, CONFIG, EVALUATIONS, METRICS, SCORES, STEP
+from phi3v_dist.tracking.predictions import StoredAnswer, read_predictions
+from phi3v_dist.tracking.starts import Start, read_starts
 from phi3v_dist.tracking.tracker import read_metrics
 from shards.common.errors import BadInputError
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One evaluation: the name of its directory, its step (None: not in training), scores.json, its rows."""
+class StoredEvaluation:
+    """One evaluation. name: of its directory. step: of the run, None for an evaluation made afterwards.
+    samples: how many were answered. scores: value by metric, for "scores", "swapped", "baseline" (as far as
+    they were made) and "only PART" for each part of the data. intervals: (low, high) by metric. answers: the
+    first ones.
+    """
 
     name: str
     step: int | None
-    scores: dict[str, Any]
-    rows: list[dict[str, Any]]
+    samples: int | None
+    scores: dict[str, dict[str, float | None]]
+    intervals: dict[str, tuple[float, float]]
+    answers: list[StoredAnswer]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation in training: the value of `metric` at `step`."""
+
+    metric: str
+    step: int
+    value: float
 
 
 @dataclass(frozen=True)
 class Run:
-    """lines: of metrics.jsonl; starts: of starts.jsonl; config: as resolved; exit: how it ended; best: the
-    best evaluation in training.
+    """lines: of metrics.jsonl, metric -> value. config: as resolved. exit_code: how the run ended, None while
+    it runs or after it was killed.
     """
 
     name: str
     lines: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
-    evaluations: list[Evaluated]
+    starts: list[Start]
+    evaluations: list[StoredEvaluation]
     config: dict[str, Any]
-    exit: dict[str, Any]
-    best: dict[str, Any]
+    exit_code: int | None
+    best: Best | None
 
     def series(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) wherever `key` was logged."""
+        """(step, value) of every line that has the metric `key`."""
         return [(line[STEP], line[key]) for line in self.lines if key in line]
 
     @property
@@ -57,48 +71,61 @@ class Run:
 
     @property
     def restarts(self) -> list[int]:
-        """Steps from which the run went on after an interruption."""
-        return [int(start["step"]) for start in self.starts[1:]]
+        """Steps from which the run resumed after an interruption."""
+        return [start.step for start in self.starts[1:]]
+
+    @property
+    def in_training(self) -> list[StoredEvaluation]:
+        """The evaluations in training, by step."""
+        return sorted((e for e in self.evaluations if e.step is not None), key=lambda e: e.step or 0)
+
+    @property
+    def afterwards(self) -> list[StoredEvaluation]:
+        """The evaluations made by `phi3v evaluate`."""
+        return [e for e in self.evaluations if e.step is None]
 
 
-def read_run(run_dir: Path, rows: int) -> Run:
-    """rows: of each evaluation at most. Raises BadInputError if `run_dir` holds no metrics."""
+def read_run(run_dir: Path, most_answers: int) -> Run:
+    """Reads a run directory, and at most `most_answers` answers of each evaluation.
+
+    Raises BadInputError if there is no metrics.jsonl in it.
+    """
     if not (run_dir / METRICS).exists():
-        raise BadInputError(f"{run_dir}: no {METRICS}, so no run has been here; give a run directory")
-    evaluations = []
-    for file in sorted((run_dir / EVALUATIONS).glob(f"*/{SCORES}")):
-        name = file.parent.name
-        number = name.removeprefix("step-")
-        step = int(number) if name.startswith("step-") and number.isdigit() else None
-        evaluations.append(Evaluated(name, step, json.loads(file.read_text()), _rows(file.parent, rows)))
-    starts = []
-    if (run_dir / STARTS).exists():
-        text = (run_dir / STARTS).read_text(encoding="utf-8")
-        starts = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        raise BadInputError(f"{run_dir}: has no {METRICS}, so it is not a run directory; give one that has")
+    files = sorted((run_dir / EVALUATIONS).glob(f"*/{SCORES}"))
+    best = _json(run_dir / EVALUATIONS / BEST_FILE)
     return Run(
-        run_dir.resolve().name,
-        read_metrics(run_dir / METRICS),
-        starts,
-        evaluations,
-        _json(run_dir / CONFIG),
-        _json(run_dir / EXIT_FILE),
-        _json(run_dir / EVALUATIONS / BEST_FILE),
+        name=run_dir.resolve().name,
+        lines=read_metrics(run_dir / METRICS),
+        starts=read_starts(run_dir),
+        evaluations=[_evaluation(file, most_answers) for file in files],
+        config=_json(run_dir / CONFIG),  # config.yaml holds JSON
+        exit_code=_json(run_dir / EXIT_FILE).get("code"),
+        best=Best(best["metric"], best["step"], best["value"]) if best else None,
     )
 
 
-def _rows(folder: Path, number: int) -> list[dict[str, Any]]:
-    if (folder / TABLE).exists():
-        rows: list[dict[str, Any]] = pq.read_table(folder / TABLE).slice(0, number).to_pylist()
-        return rows
-    if (folder / PREDICTIONS).exists():
-        lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines[:number]]
-    return []
+def _evaluation(file: Path, most_answers: int) -> StoredEvaluation:
+    """The evaluation whose scores.json is `file`."""
+    found = json.loads(file.read_text())
+    number = file.parent.name.removeprefix("step-")
+    in_training = number.isdigit() and number != file.parent.name
+    scores = {name: found[name] for name in ("scores", "swapped", "baseline") if found.get(name)}
+    scores |= {f"only {part}": values for part, values in (found.get("slices") or {}).items()}
+    intervals = found.get("intervals") or {}
+    return StoredEvaluation(
+        name=file.parent.name,
+        step=int(number) if in_training else None,
+        samples=found.get("scores", {}).get("samples"),
+        scores=scores,
+        intervals={name: (pair[0], pair[1]) for name, pair in intervals.items() if pair is not None},
+        answers=read_predictions(file.parent, most_answers),
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(file.read_text())  # config.yaml is JSON as well
+        found: dict[str, Any] = json.loads(file.read_text())
         return found
     except (OSError, ValueError):
         return {}
