@@ -71,7 +71,7 @@ def synthetic_row(config: Phi3VConfig, length: int, num_crops: int, chunk: int) 
         left -= tokens
     pictures = sum(len(d.grids) for d in documents)
     calls = vision_calls_needed(sum(len(d.tiles) for d in documents), pictures, chunk)
-    return collate(documents, 0, config.tile, calls)
+    return collate(documents, 0, config.tile, vision_calls=calls)
 
 
 def measure(engine: Any, config: Phi3VConfig, run: RunConfig, length: int, steps: int) -> dict[str, Any]:

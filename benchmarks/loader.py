@@ -92,19 +92,27 @@ def pipeline(root: Path, tokenizer: Any) -> int:
 
 def packed(maker: RowMaker, plan: Plan) -> int:
     """Our loader, one epoch; the number of samples it gave."""
-    rows = RankRows(plan, 0, 1, 64, 0, plan.steps_of(1), plan.end_row(1))
-    return sum(loaded.samples for loaded in load_rows(maker, rows, WORKERS, 2, 600))
+    rows = RankRows(
+        plan,
+        dp_rank=0,
+        dp_size=1,
+        vision_chunk=64,
+        first_row=0,
+        steps=plan.steps_of(1),
+        end_row=plan.end_row(1),
+    )
+    return sum(loaded.samples for loaded in load_rows(maker, rows, WORKERS, prefetch=2, timeout_s=600))
 
 
 def throughput(folder: Path, samples: int, rounds: int) -> Comparison:
     """Photos decoded and tiled: our loader against a webdataset pipeline."""
     root = dataset(folder, samples, [photo(1200, 900) for _ in range(4)])
     kept = opened(root)
-    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r["messages"]), folder / "t", 400)
+    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r.messages), folder / "t", 400)
     tokenizer = load_tokenizer(folder / "t")
-    maker = RowMaker(kept, tokenizer, NUM_CROPS, 336, tokenizer.pad_token_id)
+    maker = RowMaker(kept, tokenizer, NUM_CROPS, tile=336)
     costs = sample_costs(kept, Counter(tokenizer, NUM_CROPS, 336))
-    plan = Plan(costs, SEQ_LEN, 0, 4, layout=Layout(kept.shard_numbers(), kept.bounds()))
+    plan = Plan(costs, SEQ_LEN, 0, global_batch=4, layout=Layout(kept.shard_numbers(), kept.bounds()))
     speeds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for place, way in enumerate((lambda: packed(maker, plan), lambda: pipeline(root, tokenizer))):
@@ -126,7 +134,7 @@ def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
     root = dataset(folder, samples, [small.getvalue()])
     kept = opened(root)
     order = Plan(
-        sample_costs(kept, Counter(_plain_tokenizer(folder, kept), 1, 336)), 8192, 0, 4
+        sample_costs(kept, Counter(_plain_tokenizer(folder, kept), 1, 336)), 8192, 0, global_batch=4
     ).epoch(0).samples  # fmt: skip
     tars = sorted(str(tar) for tar in root.glob("*.tar"))
 
@@ -152,7 +160,7 @@ def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
 
 
 def _plain_tokenizer(folder: Path, kept: Samples) -> Any:
-    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r["messages"]), folder / "t", 400)
+    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r.messages), folder / "t", 400)
     return load_tokenizer(folder / "t")
 
 

@@ -100,7 +100,7 @@ def synthetic_row(length: int) -> PackedRow:
         documents.append(Document(ids.tolist(), labels.tolist(), tiles, [(4, 4)]))
         left -= tokens
     calls = vision_calls_needed(16 * len(documents), len(documents), 2 * CHUNK)
-    return collate(documents, 0, 112, calls)
+    return collate(documents, 0, 112, vision_calls=calls)
 
 
 def status(field: str) -> int:

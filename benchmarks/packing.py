@@ -52,7 +52,7 @@ def packed(samples: list[Document], tile: int) -> list[PackedRow]:
             rows.append([])
         rows[-1].append(sample)
     calls = [vision_calls_needed(len(row), len(row), VISION_CHUNK) for row in rows]
-    return [collate(row, 0, tile, count) for row, count in zip(rows, calls, strict=True)]
+    return [collate(row, 0, tile, vision_calls=count) for row, count in zip(rows, calls, strict=True)]
 
 
 def padded(samples: list[Document], tile: int) -> list[PackedRow]:
@@ -63,7 +63,7 @@ def padded(samples: list[Document], tile: int) -> list[PackedRow]:
         whole = dataclasses.replace(
             sample, input_ids=[*sample.input_ids, *[0] * short], labels=[*sample.labels, *[-100] * short]
         )
-        rows.append(collate([whole], 0, tile, vision_calls_needed(1, 1, VISION_CHUNK)))
+        rows.append(collate([whole], 0, tile, vision_calls=vision_calls_needed(1, 1, VISION_CHUNK)))
     return rows
 
 

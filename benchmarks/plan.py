@@ -52,12 +52,12 @@ def catalogue(samples: int, tile: int, num_crops: int) -> SampleCosts:
         table = make_catalogue(Path(folder) / "catalogue", 2000)
         build(str(table), f"{folder}/shards", BuildOptions(group_by="product_code"))
         drawn = read_samples([f"{folder}/shards"], "train")
-        messages = (m for record in drawn.records(range(len(drawn))) for m in record["messages"])
+        messages = (m for record in drawn.records(range(len(drawn))) for m in record.messages)
         train_tokenizer((m["content"] for m in messages), Path(folder) / "tokenizer", 512)
         tokenizer = load_tokenizer(Path(folder) / "tokenizer")
         costs = sample_costs(drawn, Counter(tokenizer, num_crops, tile))
     chosen = np.random.default_rng(0).integers(0, len(costs), samples)
-    return SampleCosts(*(getattr(costs, n)[chosen] for n in ("tokens", "targets", "tiles", "pictures")))
+    return SampleCosts(*(getattr(costs, n)[chosen] for n in ("tokens", "targets", "tiles", "images")))
 
 
 def greedy(costs: SampleCosts, seq_len: int) -> tuple[float, dict[int, np.ndarray]]:
@@ -81,7 +81,7 @@ def greedy(costs: SampleCosts, seq_len: int) -> tuple[float, dict[int, np.ndarra
 
 def quality(name: str, costs: SampleCosts, seq_len: int) -> list[Comparison]:
     """Fill of the rows and balance of the ranks, against greedy packing."""
-    plan = Plan(costs, seq_len, 0, BATCH)
+    plan = Plan(costs, seq_len, 0, global_batch=BATCH)
     fill, theirs = plan.fill(0), greedy(costs, seq_len)
     peer = "greedy in shuffled order"
     found = [
@@ -117,7 +117,7 @@ def plan_alone(samples: int) -> dict[str, float]:
 
         def plan(batch: int) -> Plan:
             files = PlanFiles(Path(folder), f"batch-{batch}", True)
-            return Plan(costs, 8192, 0, batch, layout=layout, files=files)
+            return Plan(costs, 8192, 0, global_batch=batch, layout=layout, files=files)
 
         began, wall = time.process_time(), time.perf_counter()
         plan(BATCH).step(0)

@@ -64,13 +64,17 @@ def replay(config: RunConfig, place: Place) -> Replayed:
         )
     with tempfile.TemporaryDirectory() as scratch:  # one that training has made of other data stays as it is
         tokens = load_tokenizer(tokenizer_dir(config, Path(scratch)))
-    data = prepare_data(config, tokens, model_config_of(config).tile, config.run_dir / DATA, writer=False)
+    data = prepare_data(
+        config, tokens, model_config_of(config).tile, directory=config.run_dir / DATA, writer=False
+    )
     end_row = data.plan.end_row(config.train.epochs) if config.train.epochs else None
     first_row = first_row_of_step(config.run_dir, place.step, config.train.global_batch)
     if place.step >= (config.train.steps or sys.maxsize) or first_row >= (end_row or sys.maxsize):
         raise BadInputError(f"{config.run_dir}: the run ends before step {place.step} (steps count from 0)")
     step = data.plan.step(first_row, end_row)
-    micro = rank_rows(step, data.plan.costs, place.rank, place.ranks, config.views_per_call)[place.micro]
+    micro = rank_rows(
+        step, data.plan.costs, dp_rank=place.rank, dp_size=place.ranks, vision_chunk=config.views_per_call
+    )[place.micro]
     reader = data.maker.reader()
     try:
         loaded = data.maker.load(micro, reader)

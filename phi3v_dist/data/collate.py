@@ -1,6 +1,6 @@
-"""Documents -> one packed row. Torch tensors are made here and nowhere before.
+"""Documents -> one packed row; torch tensors are first made here.
 
-In: `Document`s (ids, labels, uint8 tiles). Out: `PackedRow`. Called by the loader.
+In: `Document`s (ids, labels, uint8 tiles). Out: `PackedRow`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from phi3v_dist.processor.prompt import IGNORE
 
 @dataclass(frozen=True)
 class Document:
-    """One sample, ready.
+    """One sample, tokenised and tiled.
 
-    input_ids, labels: [L], image positions negative. tiles: uint8 [tiles, 3, S, S], all pictures. grids:
-    (rows, cols) of each picture.
+    input_ids, labels: [L]; ids are negative at image positions. tiles: uint8 [tiles, 3, S, S], those of all
+    images. grids: (rows, cols) of each image.
     """
 
     input_ids: Sequence[int]
@@ -30,12 +30,12 @@ class Document:
 
 
 def collate(
-    documents: Sequence[Document], pad_id: int, tile: int, vision_calls: int, pad_multiple: int = 64
+    documents: Sequence[Document], pad_id: int, tile: int, *, vision_calls: int, pad_multiple: int = 64
 ) -> PackedRow:
     """Packs `documents` one after the other and pads to a multiple of `pad_multiple` positions.
 
-    pad_id: token of the padding, which is a document of its own without labels. No document at all gives a
-    row of padding alone.
+    pad_id: token of the padding, which is a separate document without labels. tile: px. vision_calls: as in
+    PackedRow. Without documents, the row is padding alone.
     """
     lengths = [len(document.input_ids) for document in documents]
     total = sum(lengths)
@@ -50,7 +50,7 @@ def collate(
         end = start + len(document.input_ids)
         ids[start:end] = document.input_ids
         labels[start:end] = document.labels
-        labels[start] = IGNORE  # nothing comes before the first token of a document
+        labels[start] = IGNORE  # nothing precedes the first token of a document
     for start, end in zip(bounds, bounds[1:], strict=False):
         positions[start:end] = np.arange(end - start)
     tiles = [document.tiles for document in documents if len(document.tiles)]

@@ -1,12 +1,13 @@
-"""What a configuration makes of its data, before any GPU is asked for: rows, fill, steps, balance.
+"""What a configuration makes of its data, before any GPU is reserved: rows, fill, steps, balance.
 
-In: the configuration and a number of ranks. Out: lines of text. Called by `phi3v plan`.
+In: the configuration, a number of ranks, the tokenizer and the tile side. Out: lines of text.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,25 +15,21 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.plan import Plan, deal_rows, row_cost
 from phi3v_dist.data.prepare import prepare_data
 from phi3v_dist.data.tokens import SampleCosts
-from phi3v_dist.pretrained import model_config_of, tokenizer_dir
-from phi3v_dist.processor.tokenizer import load_tokenizer
 
 LONGEST = 131_072  # positions that the published model was trained for
-_STEPS_SHOWN = 2000  # steps whose balance is worked out, evenly spread
+_STEPS_SHOWN = 2000  # steps whose balance is computed, evenly spread
 _BAR = 40  # characters of the longest bar of the histogram
 
 
-def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
-    """The plan of the first epoch on `dp_size` data-parallel ranks.
+def describe_plan(config: RunConfig, dp_size: int, tokenizer: Any, *, tile: int) -> list[str]:
+    """The plan of the first epoch on `dp_size` data-parallel ranks. tile: px.
 
-    Raises BadInputError for data or settings that training would refuse as well.
+    Raises BadInputError for data or settings that training would refuse too.
     """
     data, batch = config.data, config.train.global_batch
     each = config.train.rows_each(dp_size)
-    with tempfile.TemporaryDirectory() as scratch:  # a tokenizer that training would train is trained there
-        tokenizer = load_tokenizer(tokenizer_dir(config, Path(scratch)))
-        tile = model_config_of(config).tile
-        made = prepare_data(config, tokenizer, tile, Path(scratch) / "plan", writer=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        made = prepare_data(config, tokenizer, tile, directory=Path(scratch), writer=True)
         plan, costs = made.plan, made.plan.costs
         epoch = plan.epoch(0)
         rows, samples = len(epoch), epoch.samples
@@ -44,8 +41,8 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
         positions = int((-(-np.add.reduceat(tokens, epoch.offsets[:-1]) // 64) * 64).sum())
         over = int((costs.tokens > LONGEST).sum())
         lines = [
-            f"samples      {len(costs):,} with {costs.pictures.sum():,} pictures; of those longer than "
-            f"{data.seq_len:,} tokens {made.truncated:,} lose pictures, {plan.dropped:,} are left out; "
+            f"samples      {len(costs):,} with {costs.images.sum():,} images; of those longer than "
+            f"{data.seq_len:,} tokens {made.truncated:,} lose images, {plan.dropped:,} are dropped; "
             f"{over:,} are longer than {LONGEST:,}",
             "tokens       a sample: least {:,}, median {:,}, 90% {:,}, 99% {:,}, most {:,}".format(
                 *quantiles
@@ -53,7 +50,7 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
             *_histogram(costs),
             f"targets      {costs.targets.sum() / costs.tokens.sum():.1%} of {costs.tokens.sum():,} tokens",
             f"rows         {rows:,} of {data.seq_len:,} tokens an epoch, {plan.fill(0):.2%} filled, "
-            f"{len(samples) / rows:.1f} samples and {costs.pictures[samples].sum() / rows:.1f} pictures "
+            f"{len(samples) / rows:.1f} samples and {costs.images[samples].sum() / rows:.1f} images "
             f"each; rows are padded to a multiple of 64, {1 - tokens.sum() / positions:.2%} of positions",
             f"steps        {steps:,} an epoch of {batch} rows ({each} on each of {dp_size} "
             f"ranks); {total:,} in this run",
@@ -71,8 +68,8 @@ def describe_plan(config: RunConfig, dp_size: int) -> list[str]:
 
 
 def step_imbalance(plan: Plan, dp_size: int, most: int) -> np.ndarray:
-    """float64 [steps]: the work of the busiest rank, in the mean of its step; of the first epoch, at most
-    `most` steps, evenly spread. The last one is that of a run which ends here.
+    """float64 [steps]: the work of the busiest rank, as a multiple of the mean of its step. Of the steps of
+    the first epoch, at most `most`, evenly spread; the last one is that of a run that ends with this epoch.
     """
     end = plan.end_row(1)
     steps = plan.steps_between(0, end)
@@ -86,7 +83,7 @@ def step_imbalance(plan: Plan, dp_size: int, most: int) -> np.ndarray:
 
 
 def _histogram(costs: SampleCosts) -> list[str]:
-    """A line per power of two that holds samples."""
+    """One line per power of two of tokens, from the first that holds samples."""
     powers = np.ceil(np.log2(np.maximum(costs.tokens, 1))).astype(int)
     counts = np.bincount(powers)
     first = int(np.flatnonzero(counts)[0])

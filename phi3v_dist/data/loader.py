@@ -1,9 +1,8 @@
-"""Packed rows ahead of time: the plan's rows of one rank, read, decoded, cut into tiles and collated by
-workers.
+"""Packed rows, loaded ahead of time: workers read, decode, tile and collate the planned rows of one rank.
 
-In: the samples, the rows of this rank in order. Out: `LoadedRow`s in that order. A sample that cannot be read
-or decoded keeps its place and its tokens, but has blank tiles and no labels, so that plan, shapes and other
-ranks do not notice; its reason travels with the row. Called by the train loop and evaluation.
+In: the samples, and the rows of this rank in order. Out: `LoadedRow`s in that order. A sample that cannot be
+read or decoded keeps its place and its tokens, but gets blank tiles and no labels, so that the plan, the
+shapes and the other ranks are not affected; the row carries the reason.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, astuple, dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,25 +27,28 @@ from phi3v_dist.data.node_cache import CacheOptions
 from phi3v_dist.data.plan import MicroRow
 from phi3v_dist.data.reader import SampleReader
 from phi3v_dist.data.samples import Samples
-from phi3v_dist.data.tokens import pictures_that_fit
+from phi3v_dist.data.tokens import images_that_fit
 from phi3v_dist.model.row import PackedRow
-from phi3v_dist.processor.geometry import HDGrid, hd_grid, image_token_count, tile_side_tokens
+from phi3v_dist.processor.geometry import SampleShape
 from phi3v_dist.processor.image import blank_tiles, decode_image, hd_tiles
 from phi3v_dist.processor.prompt import IGNORE, encode
 from shards.common.errors import BadInputError
+from shards.format.records import ImageRef, SampleRecord
 
-_CLOSING_S = 10.0  # for rows under way, once nobody wants them any more
+_CLOSING_S = 10.0  # for rows that are being made when the generator is closed
 
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """A row and what is in it. tokens: without padding. masked: targets that the plan counts and bad
-    samples have lost. bad: "shard key: reason" of every unreadable sample.
+    """A row and what it holds.
+
+    tokens: without padding. images, samples: their numbers. masked: targets that the plan counts but that
+    unreadable samples have lost. bad: "shard key: reason" of every unreadable sample.
     """
 
     row: PackedRow
     tokens: int
-    pictures: int
+    images: int
     samples: int
     masked: int
     bad: tuple[str, ...]
@@ -54,119 +56,137 @@ class LoadedRow:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What rows hold, summed. positions: with padding. The rest as in LoadedRow; bad: samples."""
+    """What rows hold, summed. positions: tokens and padding. bad: number of unreadable samples. The others:
+    as in LoadedRow.
+    """
 
     tokens: int = 0
     positions: int = 0
-    pictures: int = 0
+    images: int = 0
     samples: int = 0
     masked: int = 0
     bad: int = 0
 
     @classmethod
     def of(cls, loaded: LoadedRow) -> RowCounts:
-        """Those of one row."""
+        """The counts of one row."""
         positions = len(loaded.row.input_ids)
-        return cls(loaded.tokens, positions, loaded.pictures, loaded.samples, loaded.masked, len(loaded.bad))
+        return cls(
+            tokens=loaded.tokens,
+            positions=positions,
+            images=loaded.images,
+            samples=loaded.samples,
+            masked=loaded.masked,
+            bad=len(loaded.bad),
+        )
 
     def __add__(self, other: RowCounts) -> RowCounts:
         return RowCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def metrics(self, rows: int, seq_len: int) -> dict[str, float | int | None]:
-        """data/*: fill is tokens per row as a part of seq_len, padding a part of the positions computed."""
+        """The metrics data/*. fill: tokens as a fraction of rows * seq_len; padding: as a fraction of all
+        positions computed.
+        """
         rows = max(1, rows)
         return {
             "data/fill": self.tokens / (rows * seq_len),
             "data/padding": 1 - self.tokens / max(1, self.positions),
             "data/tokens_per_row": self.tokens / rows,
-            "data/images_per_row": self.pictures / rows,
+            "data/images_per_row": self.images / rows,
             "data/samples_per_row": self.samples / rows,
         }
 
 
-class PictureReader(Protocol):
-    """What rows are made with: a SampleReader, or a stand-in for one."""
+@dataclass(frozen=True)
+class LoadedDocument:
+    """One sample, ready to be packed. bad: None; for an unreadable sample, which is blank and has no labels,
+    "shard key: reason". masked: number of targets that it has lost.
+    """
 
-    def images(self, record: Mapping[str, Any]) -> Sequence[bytes | memoryview]: ...
+    document: Document
+    bad: str | None
+    masked: int
+
+
+class ImageReader(Protocol):
+    """Where rows get their image files: a SampleReader, or a stand-in for one."""
+
+    def images(self, record: SampleRecord) -> Sequence[bytes | memoryview]: ...
 
 
 @dataclass(frozen=True)
 class RowMaker:
-    """Makes rows from sample numbers; travels to the workers.
+    """Makes rows from sample numbers; it is pickled for the workers.
 
-    pad_id: token of the padding. max_tokens: longer samples lose pictures from the end; None: they stay as
-    they are. cache: copies of shards on a disk of the node.
+    num_crops: the largest number of tiles of an image. tile: px. max_tokens: longer samples lose images from
+    the end; None: they stay unchanged. cache: keep copies of shards on a disk of the node.
     """
 
     samples: Samples
     tokenizer: Any
     num_crops: int
+    _: KW_ONLY
     tile: int
-    pad_id: int
     max_tokens: int | None = None
     cache: CacheOptions | None = None
 
     def reader(self) -> SampleReader:
-        """Reads the pictures; one per process."""
+        """A reader of the image files; make one per process."""
         return SampleReader(self.samples.roots, self.samples.shards, self.cache)
 
-    def load(self, micro: MicroRow, reader: PictureReader) -> LoadedRow:
+    def load(self, micro: MicroRow, reader: ImageReader) -> LoadedRow:
         """Reads, decodes and packs a row. A sample that cannot be read keeps its place, without targets."""
-        documents, bad = [], []
-        masked = 0
-        for record in self.samples.records(micro.samples):
-            document, fault, lost = self.document(record, reader)
-            documents.append(document)
-            masked += lost
-            if fault is not None:
-                bad.append(f"{record['shard']} {record['key']}: {fault}")
-        row = collate(documents, self.pad_id, self.tile, micro.vision_calls)
-        tokens = sum(len(document.input_ids) for document in documents)
-        return LoadedRow(row, tokens, len(row.grids), len(documents), masked, tuple(bad))
+        loaded = [self.document(record, reader) for record in self.samples.records(micro.samples)]
+        documents = [each.document for each in loaded]
+        pad_id = self.tokenizer.pad_token_id
+        row = collate(documents, pad_id, self.tile, vision_calls=micro.vision_calls)
+        return LoadedRow(
+            row=row,
+            tokens=sum(len(document.input_ids) for document in documents),
+            images=len(row.grids),
+            samples=len(documents),
+            masked=sum(each.masked for each in loaded),
+            bad=tuple(each.bad for each in loaded if each.bad is not None),
+        )
 
     def keys(self, micro: MicroRow) -> list[str]:
         """The keys of a row's samples."""
-        return [record["key"] for record in self.samples.records(micro.samples)]
+        return [record.key for record in self.samples.records(micro.samples)]
 
-    def document(self, record: dict[str, Any], reader: PictureReader) -> tuple[Document, str | None, int]:
-        """One sample, and if it cannot be used (then it is blank and without labels) the reason and the
-        number of its targets.
-        """
-        grids = [hd_grid(i["width"], i["height"], self.num_crops, tile=self.tile) for i in record["images"]]
-        side = tile_side_tokens(self.tile)
-        image_tokens = [image_token_count(grid.rows, grid.cols, side) for grid in grids]
-        text = encode(self.tokenizer, record["messages"], image_tokens)
+    def document(self, record: SampleRecord, reader: ImageReader) -> LoadedDocument:
+        """Reads, decodes and tokenises one sample."""
+        sizes = [(image.width, image.height) for image in record.images]
+        shape = SampleShape.of(sizes, self.num_crops, self.tile)
+        text = encode(self.tokenizer, record.messages, shape.image_tokens)
         if self.max_tokens is not None and len(text.input_ids) > self.max_tokens:
-            kept = pictures_that_fit(len(text.input_ids), image_tokens, self.max_tokens)
-            record, grids = {**record, "images": record["images"][:kept]}, grids[:kept]
-            left = [*image_tokens[:kept], *[0] * (len(image_tokens) - kept)]
-            text = encode(self.tokenizer, record["messages"], left)
-        labels, fault, masked = text.labels, None, 0
+            kept = images_that_fit(len(text.input_ids), shape.image_tokens, self.max_tokens)
+            image_tokens = [*shape.image_tokens[:kept], *[0] * (len(record.images) - kept)]
+            record, shape = replace(record, images=record.images[:kept]), shape.first(kept)
+            text = encode(self.tokenizer, record.messages, image_tokens)
+        labels, bad, masked = text.labels, None, 0
         try:
-            tiles = [
-                self._tiles(data, image, grid)
-                for data, image, grid in zip(reader.images(record), record["images"], grids, strict=True)
-            ]
+            files = reader.images(record)
+            tiles = [self._tiles(data, image) for data, image in zip(files, record.images, strict=True)]
         except BadInputError as error:
-            fault = str(error)
-            tiles = [blank_tiles(grid, self.tile) for grid in grids]
+            bad = f"{record.shard} {record.key}: {error}"
+            tiles = [blank_tiles(grid, self.tile) for grid in shape.grids]
             masked = sum(label != IGNORE for label in labels)
             labels = [IGNORE] * len(labels)
         joined = np.concatenate(tiles) if tiles else np.empty((0, 3, self.tile, self.tile), np.uint8)
-        return Document(text.input_ids, labels, joined, [(g.rows, g.cols) for g in grids]), fault, masked
+        grids = [(grid.rows, grid.cols) for grid in shape.grids]
+        return LoadedDocument(Document(text.input_ids, labels, tiles=joined, grids=grids), bad, masked)
 
-    def _tiles(self, data: bytes | memoryview, image: dict[str, Any], grid: HDGrid) -> np.ndarray:
-        picture = decode_image(data)
-        if picture.size != (image["width"], image["height"]):
+    def _tiles(self, data: bytes | memoryview, ref: ImageRef) -> np.ndarray:
+        image = decode_image(data)
+        if image.size != (ref.width, ref.height):
             raise BadInputError(
-                f"{image['member']} is {picture.width}x{picture.height} px, the index says "
-                f"{image['width']}x{image['height']}"
+                f"{ref.member} is {image.width}x{image.height} px, the index says {ref.width}x{ref.height}"
             )
-        return hd_tiles(picture, self.num_crops, self.tile)
+        return hd_tiles(image, self.num_crops, self.tile)
 
 
 class _Rows(Dataset[LoadedRow]):
-    """What a worker does with a row that it is sent."""
+    """Makes, in a worker, the row that the sampler asks for."""
 
     def __init__(self, maker: RowMaker) -> None:
         self._maker = maker
@@ -182,17 +202,19 @@ def load_rows(
     maker: RowMaker,
     micros: Iterable[MicroRow],
     workers: int,
+    *,
     prefetch: int,
-    timeout: float,
+    timeout_s: float,
     pin: bool = False,
     seed: int = 0,
 ) -> Generator[LoadedRow, None, None]:
     """Yields the rows of `micros` in order; close the generator to end the workers.
 
-    workers: processes, 0 for none; prefetch: rows ahead per worker; timeout: seconds without a row before the
-    workers count as stuck; pin: rows in page-locked memory, for copies to a GPU that do not wait; seed: of
-    the workers' random numbers.
-    An exception in a worker is raised here with its traceback; RuntimeError if a worker died or is stuck.
+    workers: processes; 0: load in this one. prefetch: rows ahead per worker. timeout_s: seconds without a row
+    after which the workers count as stuck. pin: rows in page-locked memory, for asynchronous copies to a GPU.
+    seed: of the workers' random numbers.
+    An exception in a worker is raised here with its traceback. Raises RuntimeError if a worker died or is
+    stuck.
     """
     if not workers:
         reader = maker.reader()
@@ -203,10 +225,10 @@ def load_rows(
         finally:
             reader.close()
         return
-    # Forked children of a process with threads (gloo, NCCL, W&B) can deadlock; these are started afresh.
+    # Not forked from here: a forked child of a process with threads (gloo, NCCL, W&B) can deadlock.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["phi3v_dist.data.loader"])
-    # timeout 0: only then does the DataLoader look every few seconds whether its workers live.
+    # timeout=0: only then does the DataLoader of torch 2.13 check every few seconds that its workers live.
     loader: DataLoader[LoadedRow] = DataLoader(
         _Rows(maker),
         batch_size=None,
@@ -223,16 +245,18 @@ def load_rows(
     iterator = iter(loader)
     ready: queue.Queue[LoadedRow | BaseException | None] = queue.Queue(1)
     stop = threading.Event()
-    feeder = threading.Thread(target=_feed, args=(iterator, ready, stop, pin), name="rows", daemon=True)
+    feeder = threading.Thread(
+        target=_feed, args=(iterator, ready, stop), kwargs={"pin": pin}, name="rows", daemon=True
+    )
     feeder.start()
     try:
         while True:
             try:
-                found = ready.get(timeout=timeout)
+                found = ready.get(timeout=timeout_s)
             except queue.Empty:
                 raise RuntimeError(
-                    f"no row from {workers} data workers for {timeout:g} s; they are stuck, reading most "
-                    "likely: look at the storage of the shards"
+                    f"no row from {workers} data workers for {timeout_s:g} s; they are stuck, most likely while "
+                    "reading: check the storage of the shards"
                 ) from None
             if found is None:
                 return
@@ -243,8 +267,8 @@ def load_rows(
         stop.set()
         feeder.join(_CLOSING_S)
         started: Any = iterator._workers  # type: ignore[attr-defined]
-        # They ignore SIGTERM: one in a read that never ends, or waiting for a lock that died with another
-        # worker, must be killed.
+        # They ignore SIGTERM, so a worker must be killed if its read never ends, or if it waits for a lock
+        # whose holder, another worker, has died.
         if feeder.is_alive() or any(worker.exitcode for worker in started):
             for worker in started:
                 worker.kill()
@@ -256,10 +280,11 @@ def _feed(
     iterator: Iterator[LoadedRow],
     ready: queue.Queue[LoadedRow | BaseException | None],
     stop: threading.Event,
+    *,
     pin: bool,
 ) -> None:
-    """Takes rows from the workers, pins them, and hands them on; a thread, so that the train loop waits for
-    neither.
+    """Takes rows from the workers, pins them and puts them into `ready`. It runs in a thread, so that the
+    train loop waits for neither.
     """
     found: LoadedRow | BaseException | None
     while not stop.is_set():
@@ -271,8 +296,8 @@ def _feed(
             if "exited unexpectedly" in str(error):
                 codes = {worker.exitcode for worker in iterator._workers} - {None}  # type: ignore[attr-defined]
                 found = RuntimeError(
-                    f"a data worker died (exit code {', '.join(map(str, sorted(codes)))}; -9 is mostly the "
-                    "system's lack of memory): lower data.workers, data.prefetch or data.seq_len"
+                    f"a data worker died (exit code {', '.join(map(str, sorted(codes)))}; -9 mostly means "
+                    "that the system ran out of memory): lower data.workers, data.prefetch or data.seq_len"
                 )
                 found.__cause__ = error
         except BaseException as error:
@@ -301,15 +326,15 @@ def _unchanged(row: LoadedRow) -> LoadedRow:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Slurm signals every process of a step; the train loop decides when to stop, and needs rows until then.
+    # Slurm signals every process of a step; the train loop decides when to stop and needs rows until then.
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A rank that is killed takes its workers along. The DataLoader looks at the process that forked them,
-    which is the fork server and lives on while they do.
+    """Ends this worker when its rank is killed. The DataLoader's own check watches the process that forked
+    the workers: that is the fork server, which lives as long as they do.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,19 +1,18 @@
 """Which samples form which packed row, and which rank takes which row. No torch.
 
-The rows of a run are one endless sequence: the rows of epoch 0, then those of epoch 1, and so on; an epoch
-packs every sample exactly once (a mixture: see `epoch.Layout`). An optimizer step takes the next
-`global_batch` rows, also across an epoch's edge, so nothing is dropped or doubled. Where a run ends with an
-epoch, the documents of its last step, fewer rows than `global_batch`, are dealt out anew to that many rows.
-The sequence does not depend on the number of ranks, hence resuming needs one number: rows consumed.
-
-Called by `prepare`, the train loop, evaluation and `phi3v plan`.
+The rows of a run are one endless sequence: the rows of epoch 0, then those of epoch 1, and so on. An epoch
+packs every sample exactly once (for a mixture of datasets see `epoch.Layout`). An optimizer step takes the
+next `global_batch` rows, across the border of two epochs as well, so no row is dropped or repeated. If a run
+ends with an epoch, its last step may have fewer rows than `global_batch`; their documents are then dealt out
+again, to `global_batch` rows. The sequence does not depend on the number of ranks, so resuming needs one
+number: the rows consumed.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 
@@ -31,9 +30,9 @@ _KEPT_EPOCHS = 2  # in memory
 class StepRows:
     """The rows of one optimizer step.
 
-    rows: sample numbers of each of the global_batch rows. epoch: of the first row. targets: target tokens of
-    all rows, the denominator of the loss. taken: rows of the sequence that the step consumes, fewer than
-    global_batch at the end of a run.
+    rows: for each of the global_batch rows its sample numbers, int64 [samples]. epoch: of the first row.
+    targets: target tokens of all rows, the denominator of the loss. taken: rows of the sequence that the step
+    consumes; fewer than global_batch at the end of a run.
     """
 
     rows: tuple[np.ndarray, ...]
@@ -46,15 +45,16 @@ class StepRows:
 class Plan:
     """The rows of a run.
 
-    costs: of the samples of the train split. seq_len: tokens of a row. Samples that are too long are left
-    out, or refused (over_long "fail"). layout: shards and data sets of the samples. files: where epochs are
-    kept between processes.
-    Raises BadInputError if a sample is too long and over_long is "fail", or nothing is left.
+    costs: of the samples of the train split. seq_len: tokens of a row at most. over_long: "fail" refuses
+    longer samples, otherwise they are dropped. layout: shards and datasets of the samples. files: where
+    epochs are kept for other processes and later starts.
+    Raises BadInputError if a sample is too long and over_long is "fail", or if no sample fits.
     """
 
     costs: SampleCosts
     seq_len: int
     seed: int
+    _: KW_ONLY
     global_batch: int
     shuffle: bool = True
     packing: bool = True
@@ -66,7 +66,7 @@ class Plan:
     _epochs: dict[int, EpochRows] = field(init=False, default_factory=dict, repr=False)
     _first_row: list[int] = field(init=False, default_factory=lambda: [0], repr=False)
     _ahead: bool = field(init=False, default=False, repr=False)
-    # the train loop and the thread that feeds the workers both ask
+    # the train loop and the thread that feeds the workers both use the plan
     _lock: threading.RLock = field(init=False, default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Plan:
         return len(self._usable)
 
     def epoch(self, number: int) -> EpochRows:
-        """The rows of an epoch; those asked for last are kept."""
+        """The rows of an epoch; the latest few stay in memory."""
         with self._lock:
             if number not in self._epochs:
                 phase = self._start(number) % self.global_batch
@@ -127,11 +127,11 @@ class Plan:
         return max(0, -(-(end_row - first_row) // self.global_batch))
 
     def steps_of(self, epochs: float) -> int:
-        """Optimizer steps that take the rows of so many epochs."""
+        """Optimizer steps that take the rows of this many epochs."""
         return self.steps_between(0, self.end_row(epochs))
 
     def step(self, first_row: int, end_row: int | None = None) -> StepRows:
-        """The rows of the optimizer step that begins with row `first_row`; none at or after `end_row`."""
+        """The rows of the optimizer step that begins with row `first_row`. It takes no row from `end_row` on."""
         stop = first_row + self.global_batch
         if end_row is not None:
             stop = min(stop, end_row)
@@ -151,25 +151,28 @@ class Plan:
     def _respread(self, rows: list[np.ndarray]) -> list[np.ndarray] | None:
         samples = np.concatenate(rows) if rows else np.empty(0, np.int64)
         parts = spread(
-            self.costs.tokens[samples], sample_work(self.costs, samples), self.global_batch, self.seq_len
+            self.costs.tokens[samples],
+            sample_work(self.costs, samples),
+            self.global_batch,
+            seq_len=self.seq_len,
         )
         return None if parts is None else [samples[part] for part in parts]
 
     def fill(self, epoch: int) -> float:
-        """Tokens of an epoch's rows as a part of the positions they take."""
+        """Tokens of an epoch as a fraction of its rows times seq_len."""
         rows = self.epoch(epoch)
         return float(self.costs.tokens[rows.samples].sum() / (len(rows) * self.seq_len))
 
     def end_row(self, epochs: float) -> int:
-        """The number of rows in so many epochs; a part of one is a part of its rows, rounded up."""
+        """The number of rows in this many epochs; a fraction of an epoch is rounded up to whole rows."""
         whole = int(epochs)
-        while len(self._first_row) <= whole:  # without making room for epochs that are far away
+        while len(self._first_row) <= whole:  # keeps the files of early epochs, which are used first
             self.plan_ahead(self._first_row[-1] + 1)
         part = int(np.ceil((epochs - whole) * len(self.epoch(whole)))) if epochs > whole else 0
         return self._start(whole) + part
 
     def plan_ahead(self, end_row: int) -> None:
-        """Makes and keeps every epoch with rows before `end_row`, so that other processes find them."""
+        """Plans every epoch with rows before `end_row` and keeps it in a file for the other processes."""
         self._ahead = True
         while self._first_row[-1] < end_row:
             self._start(len(self._first_row))
@@ -193,8 +196,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class MicroRow:
-    """One row of one rank. samples: numbers into the index. vision_calls: of every rank in this
-    micro-step.
+    """One row of one rank. samples: int64 [samples], numbers into the index. vision_calls: calls of the
+    vision tower that every rank makes in this micro-step.
     """
 
     samples: np.ndarray
@@ -202,11 +205,11 @@ class MicroRow:
 
 
 def deal_rows(cost: np.ndarray, dp_size: int) -> np.ndarray:
-    """int64 [micro-steps, dp_size]: which row of a step each rank takes in each micro-step. cost: of its
-    rows.
+    """int64 [micro-steps, dp_size]: the row of a step that each rank takes in each micro-step.
 
-    Rows of similar cost share a micro-step, because ZeRO-3 makes every rank wait for the slowest in each;
-    within one, the rank that has done least so far gets the costliest.
+    cost: float64 [rows of the step]. Rows of similar cost share a micro-step, because under ZeRO-3 all ranks
+    wait for the slowest in each; within a micro-step, the rank with the least work so far gets the costliest
+    row.
     """
     micros = np.argsort(-cost, kind="stable").reshape(-1, dp_size)
     dealt = np.empty_like(micros)
@@ -218,16 +221,18 @@ def deal_rows(cost: np.ndarray, dp_size: int) -> np.ndarray:
 
 
 def rank_rows(
-    step: StepRows, costs: SampleCosts, dp_rank: int, dp_size: int, vision_chunk: int
+    step: StepRows, costs: SampleCosts, *, dp_rank: int, dp_size: int, vision_chunk: int
 ) -> list[MicroRow]:
-    """The rows that a data-parallel rank accumulates in a step; global_batch / dp_size of them."""
+    """The global_batch / dp_size rows that a data-parallel rank accumulates in a step. vision_chunk: views
+    per call of the vision tower at most.
+    """
     cost = np.array([row_cost(costs, row) for row in step.rows])
     views = [int(costs.tiles[row].sum()) for row in step.rows]
-    pictures = [int(costs.pictures[row].sum()) for row in step.rows]
+    images = [int(costs.images[row].sum()) for row in step.rows]
     return [
         MicroRow(
             step.rows[together[dp_rank]],
-            max(vision_calls_needed(views[row], pictures[row], vision_chunk) for row in together),
+            max(vision_calls_needed(views[row], images[row], vision_chunk) for row in together),
         )
         for together in deal_rows(cost, dp_size).tolist()
     ]
@@ -235,13 +240,13 @@ def rank_rows(
 
 @dataclass(frozen=True)
 class RankRows:
-    """The rows of one rank over `steps` optimizer steps from row `first_row` on, worked out while they are
-    iterated over.
+    """The rows of one rank in `steps` optimizer steps from row `first_row` on, computed during iteration.
 
-    end_row: rows of the run; there are none after it.
+    end_row: number of rows of the run; None: endless.
     """
 
     plan: Plan
+    _: KW_ONLY
     dp_rank: int
     dp_size: int
     vision_chunk: int
@@ -257,21 +262,26 @@ class RankRows:
         for _ in range(self.steps):
             step = self.plan.step(row, self.end_row)
             row += step.taken
-            yield from rank_rows(step, self.plan.costs, self.dp_rank, self.dp_size, self.vision_chunk)
+            yield from rank_rows(
+                step,
+                self.plan.costs,
+                dp_rank=self.dp_rank,
+                dp_size=self.dp_size,
+                vision_chunk=self.vision_chunk,
+            )
 
 
 def sample_work(costs: SampleCosts, samples: np.ndarray | None = None) -> np.ndarray:
-    """float64 [samples]: work of each sample in the work of one token's linear layers, by the FLOPs of the
-    published sizes.
+    """float64 [samples]: the work of each sample, in units of the work of one token in the linear layers.
 
-    A token costs 7.25 GFLOP, attention 0.197 MFLOP x L x L in a document of L tokens (half masked), a view
-    0.37 TFLOP in the tower.
+    By the FLOPs of the published model: a token costs 7.25 GFLOP, attention 0.197 MFLOP x L x L in a document
+    of L tokens (half is masked), a view 0.37 TFLOP in the vision tower.
     """
     chosen = slice(None) if samples is None else samples
     tokens = costs.tokens[chosen].astype(np.float64)
-    return tokens + tokens * tokens / 37_000 + 51.0 * (costs.tiles[chosen] + costs.pictures[chosen])
+    return tokens + tokens * tokens / 37_000 + 51.0 * (costs.tiles[chosen] + costs.images[chosen])
 
 
 def row_cost(costs: SampleCosts, samples: np.ndarray) -> float:
-    """Work of a row: that of its samples, which never attend to each other."""
+    """The work of a row: the sum over its samples, which never attend to each other."""
     return float(sample_work(costs, samples).sum())

@@ -1,9 +1,8 @@
-"""From the configuration to the plan of a run and the maker of its rows; what takes time is done once and
-kept.
+"""From the configuration to the plan of a run and the maker of its rows; slow results are kept in files.
 
-In: the configuration, the tokenizer, the tile side, a directory for files. Out: `PreparedData`. The files are
-named after everything that shapes them: the index, the tokenizer, num_crops, the template, the settings of
-the plan. Called by the train loop (on the main rank first), `phi3v plan` and `phi3v debug row`.
+In: the configuration, the tokenizer, the tile side, a directory for files. Out: `PreparedData`. The name of a
+file is a digest of everything that shapes its content: the index, the tokenizer, num_crops, the settings of
+the plan.
 """
 
 from __future__ import annotations
@@ -22,28 +21,30 @@ from phi3v_dist.data.node_cache import CacheOptions
 from phi3v_dist.data.plan import Plan
 from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.samples import Samples, keep_samples, open_samples, read_samples, samples_fingerprint
-from phi3v_dist.data.tokens import Counter, SampleCosts, keep_costs, load_costs, sample_costs, truncated_costs
+from phi3v_dist.data.tokens import Counter, keep_costs, load_costs, sample_costs, truncated_costs
 from shards.format.dataset import read_dataset_info
 
-_PLAN_VERSION = 2  # raised when the same settings make other rows
+_PLAN_VERSION = 2  # raise it when the same settings give other rows
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """truncated: samples that lose pictures to fit into a row."""
+    """truncated: number of samples that lose images to fit into a row."""
 
     plan: Plan
     maker: RowMaker
     truncated: int
 
 
-def prepare_data(config: RunConfig, tokenizer: Any, tile: int, directory: Path, writer: bool) -> PreparedData:
+def prepare_data(
+    config: RunConfig, tokenizer: Any, tile: int, *, directory: Path, writer: bool
+) -> PreparedData:
     """The plan of `config` and the maker of its rows.
 
-    directory: for the files, made here; seen by all ranks. writer: whether this process makes them (the
-    others come later and find them).
-    Raises BadInputError: no such dataset or split, a sample that cannot be used or is too long.
+    tile: px. directory: for the files; made here, shared by all ranks. writer: whether this process writes
+    the files (the others come later and find them).
+    Raises BadInputError for a missing dataset or split, and for a sample that cannot be used or is too long.
     """
     data = config.data
     directory.mkdir(parents=True, exist_ok=True)
@@ -61,45 +62,37 @@ def prepare_data(config: RunConfig, tokenizer: Any, tile: int, directory: Path, 
             costs, shards = load_costs(costs_file)
     truncated = 0
     if data.over_long == "truncate":
-        costs, truncated = truncated_costs(costs, samples, data.num_crops, tile, data.seq_len)
-    plan = make_plan(
-        config, costs, Layout(shards, samples.bounds(), data.weights), of_costs, directory, writer
-    )
-    cache = None if data.cache_dir is None else CacheOptions(data.cache_dir, int(data.cache_gb * 1e9))
-    limit = data.seq_len if data.over_long == "truncate" else None
-    maker = RowMaker(samples, tokenizer, data.num_crops, tile, tokenizer.pad_token_id, limit, cache)
-    return PreparedData(plan, maker, truncated)
-
-
-def make_plan(
-    config: RunConfig,
-    costs: SampleCosts,
-    layout: Layout,
-    costs_key: str,
-    directory: Path | None,
-    writer: bool,
-) -> Plan:
-    """The plan of these costs. costs_key: a digest that stands for them. directory: for its files, if any."""
-    data = config.data
-    key = _digest(
-        _PLAN_VERSION, costs_key, data.seq_len, config.seed, config.train.global_batch, data.shuffle,
-        data.packing, data.over_long, data.weights,
-    )  # fmt: skip
-    return Plan(
+        costs, truncated = truncated_costs(costs, samples, counter, limit=data.seq_len)
+    layout = Layout(shards, samples.bounds(), data.weights)
+    files = PlanFiles(directory, _plan_key(config, of_costs), writer)
+    plan = Plan(
         costs,
         data.seq_len,
         config.seed,
-        config.train.global_batch,
-        data.shuffle,
-        data.packing,
-        data.over_long,
-        layout,
-        None if directory is None else PlanFiles(directory, key[:20], writer),
+        global_batch=config.train.global_batch,
+        shuffle=data.shuffle,
+        packing=data.packing,
+        over_long=data.over_long,
+        layout=layout,
+        files=files,
     )
+    cache = None if data.cache_dir is None else CacheOptions(data.cache_dir, int(data.cache_gb * 1e9))
+    limit = data.seq_len if data.over_long == "truncate" else None
+    maker = RowMaker(samples, tokenizer, data.num_crops, tile=tile, max_tokens=limit, cache=cache)
+    return PreparedData(plan, maker, truncated)
+
+
+def _plan_key(config: RunConfig, costs_key: str) -> str:
+    """A digest of everything that shapes the plan. costs_key: stands for the costs."""
+    data = config.data
+    return _digest(
+        _PLAN_VERSION, costs_key, data.seq_len, config.seed, config.train.global_batch, data.shuffle,
+        data.packing, data.over_long, data.weights,
+    )[:20]  # fmt: skip
 
 
 def data_fingerprint(config: RunConfig) -> str:
-    """What a run's data is, for checkpoints: the fingerprints of its data sets."""
+    """Identifies the data of a run in its checkpoints: a digest of the fingerprints of its datasets."""
     fingerprints = [read_dataset_info(path).fingerprint for path in config.data.paths]
     return fingerprints[0] if len(fingerprints) == 1 else _digest(*fingerprints)
 

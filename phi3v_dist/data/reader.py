@@ -1,8 +1,7 @@
-"""The pictures of one sample: a ranged read per sample, from local files or any fsspec store.
+"""The image files of one sample: one ranged read per sample, from local files or any fsspec store.
 
-In: dataset directories and a record of their samples. Out: the bytes of its images, checked against what the
-index and dataset.json say, so that a shard of another version is noticed. Called by the loader's workers and
-by evaluation.
+In: dataset directories and the record of a sample. Out: the bytes of its images, checked against the index
+and dataset.json, so that a shard of another version is noticed.
 """
 
 from __future__ import annotations
@@ -20,18 +19,20 @@ from fsspec.implementations.local import LocalFileSystem
 from phi3v_dist.data.node_cache import CacheOptions, NodeCache, copy_name
 from shards.common.errors import BadInputError
 from shards.format.dataset import ShardInfo
+from shards.format.records import ImageRef, SampleRecord
 
 _OPEN_FILES = 64
-_HEADER = 512  # of a tar member, right in front of its data
+_HEADER = 512  # bytes of a tar header, directly before the data of its member
 _ATTEMPTS = 5
 _FIRST_WAIT_S = 0.25
-_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # waiting mends none
+_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # no retry helps
 
 
 class SampleReader:
     """Reads samples of the datasets in `roots`; local shards stay open. One per process.
 
-    shards: what dataset.json says of the shards of each root, by name. cache: copies on a disk of the node.
+    shards: for each root its shards by name, from dataset.json. cache: keep copies of shards on a disk of the
+    node.
     """
 
     def __init__(
@@ -48,40 +49,38 @@ class SampleReader:
         self._shards = shards
         self._cache = None if cache is None else NodeCache(cache)
         self._descriptors: OrderedDict[str, int] = OrderedDict()
-        self._sized: set[str] = set()  # remote shards whose size is the right one
+        self._sized: set[str] = set()  # remote shards whose size has been checked
 
-    def images(self, record: Mapping[str, Any]) -> list[memoryview]:
-        """The image files of a sample, in order. record: its shard, images (of the index), and source, the
-        number of its root (0 if there is none).
+    def images(self, record: SampleRecord) -> list[memoryview]:
+        """The image files of a sample, in order. Of the record, shard, images and source are used.
 
-        Raises BadInputError if the shard is missing, unreadable, or holds something else than the index
-        says.
+        Raises BadInputError if the shard is missing or unreadable, or does not hold what the index says.
         """
-        images: Sequence[Mapping[str, Any]] = record["images"]
+        images, shard = record.images, record.shard
         if not images:
             return []
-        shard = record["shard"]
-        start = max(0, min(image["offset"] for image in images) - _HEADER)
-        end = max(image["offset"] + image["length"] for image in images)
-        data = self._range(record.get("source", 0), shard, start, end)
+        start = max(0, min([image.offset for image in images]) - _HEADER)
+        end = max([image.offset + image.length for image in images])
+        data = self._range(record.source, shard, start=start, end=end)
         if len(data) != end - start:
             raise BadInputError(f"{shard}: holds {len(data)} of the {end - start} bytes that the index names")
         found = []
-        view = memoryview(data)  # no second copy of every picture
+        view = memoryview(data)  # no second copy of each image
         for image in images:
-            at = image["offset"] - start
+            at = image.offset - start
             if at >= _HEADER:
                 _check_header(data[at - _HEADER : at], shard, image)
-            found.append(view[at : at + image["length"]])
+            found.append(view[at : at + image.length])
         return found
 
     def close(self) -> None:
+        """Closes the open shards and ends the fetches of the cache."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
         if self._cache is not None:
             self._cache.close()
 
-    def _range(self, source: int, shard: str, start: int, end: int) -> bytes:
+    def _range(self, source: int, shard: str, *, start: int, end: int) -> bytes:
         """The bytes from start to before end, fewer at the end of the file."""
         if "/" in shard or shard.startswith("."):
             raise BadInputError(f"shard name {shard!r} in the index is not a file name; rebuild the index")
@@ -93,14 +92,14 @@ class SampleReader:
                 raise BadInputError(wrong)
             if (copy := self._cache.path(fs, name, expected)) is not None:
                 try:
-                    return self._pread(str(copy), shard, None, start, end)
+                    return self._pread(str(copy), shard, None, start=start, end=end)
                 except OSError:
-                    pass  # it was evicted just now
+                    pass  # another process has just evicted it
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 if local:
-                    return self._pread(name, shard, expected, start, end)
-                self._check_remote_size(fs, name, shard, expected)
+                    return self._pread(name, shard, expected, start=start, end=end)
+                self._check_remote_size(fs, name, expected)
                 return bytes(fs.cat_file(name, start=start, end=end))
             except BadInputError:
                 raise
@@ -113,7 +112,7 @@ class SampleReader:
                 time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1) * (0.5 + random.random()))
         raise AssertionError("unreachable")
 
-    def _pread(self, name: str, shard: str, expected: ShardInfo | None, start: int, end: int) -> bytes:
+    def _pread(self, name: str, shard: str, expected: ShardInfo | None, *, start: int, end: int) -> bytes:
         if name in self._descriptors:
             self._descriptors.move_to_end(name)
         else:
@@ -123,22 +122,22 @@ class SampleReader:
             self._descriptors[name] = descriptor
             if expected is not None:
                 try:
-                    _check_size(shard, os.fstat(descriptor).st_size, expected)
+                    _check_size(os.fstat(descriptor).st_size, expected)
                 except BadInputError:
                     self._forget(name)
                     raise
         descriptor = self._descriptors[name]
         data = os.pread(descriptor, end - start, start)
-        while len(data) < end - start:  # a read of more than 2 GB, or of a network disk, may come in parts
+        while len(data) < end - start:  # reads of more than 2 GB, or from a network disk, may return less
             part = os.pread(descriptor, end - start - len(data), start + len(data))
             if not part:
                 break
             data += part
         return data
 
-    def _check_remote_size(self, fs: Any, name: str, shard: str, expected: ShardInfo | None) -> None:
+    def _check_remote_size(self, fs: Any, name: str, expected: ShardInfo | None) -> None:
         if expected is not None and name not in self._sized:
-            _check_size(shard, int(fs.info(name)["size"]), expected)
+            _check_size(int(fs.info(name)["size"]), expected)
             self._sized.add(name)
 
     def _forget(self, name: str) -> None:
@@ -146,20 +145,20 @@ class SampleReader:
             os.close(self._descriptors.pop(name))
 
 
-def _check_size(shard: str, size: int, expected: ShardInfo) -> None:
+def _check_size(size: int, expected: ShardInfo) -> None:
     if size != expected.bytes:
         raise BadInputError(
-            f"{shard}: {size} bytes, {expected.bytes} in dataset.json; it was cut short or replaced by "
+            f"{expected.name}: {size} bytes, {expected.bytes} in dataset.json; it was cut short or replaced by "
             "another version"
         )
 
 
-def _check_header(header: bytes, shard: str, image: Mapping[str, Any]) -> None:
-    """The tar header in front of an image must name it and its size. Names that need an extended header are
-    not compared.
+def _check_header(header: bytes, shard: str, image: ImageRef) -> None:
+    """Raises BadInputError unless the tar header before an image names it and its size. Names that need an
+    extended header are not compared.
     """
-    member = image["member"]
-    if header[:100].rstrip(b"\0") == member.encode() and header[124:136] == b"%011o\0" % image["length"]:
+    member = image.member
+    if header[:100].rstrip(b"\0") == member.encode() and header[124:136] == b"%011o\0" % image.length:
         return  # as the builder writes it
     try:
         if sum(header) - sum(header[148:156]) + 8 * 32 != int(header[148:156].strip(b" \0") or b"0", 8):
@@ -174,10 +173,8 @@ def _check_header(header: bytes, shard: str, image: Mapping[str, Any]) -> None:
     if header[257:262] == b"ustar" and header[263:265] == b"00" and header[345]:
         name = header[345:500].rstrip(b"\0") + b"/" + name
     plain = len(member.encode()) <= 100 and member.isascii()
-    if length != image["length"] or (
-        plain and name.removeprefix(b"./") != member.removeprefix("./").encode()
-    ):
+    if length != image.length or (plain and name.removeprefix(b"./") != member.removeprefix("./").encode()):
         raise BadInputError(
             f"{shard}: holds {name.decode(errors='replace')} of {length} bytes where the index has {member} "
-            f"of {image['length']}; it was replaced by another version"
+            f"of {image.length}; it was replaced by another version"
         )

@@ -243,7 +243,7 @@ def _loss_of(restored: Restored, samples: Samples, mesh: Mesh) -> float:
     ours = restored.processor
     tokenizer, tile = ours.tokenizer, ours.tile
     costs = sample_costs(samples, Counter(tokenizer, ours.num_crops, tile))
-    maker = RowMaker(samples, tokenizer, ours.num_crops, tile, tokenizer.pad_token_id)
+    maker = RowMaker(samples, tokenizer, ours.num_crops, tile=tile)
     loss, unreadable = split_loss(
         lambda row: restored.model(row=row),
         maker,

@@ -63,9 +63,7 @@ class InTrainingEvaluation:
             _log.warning(
                 "%d val samples are longer than data.seq_len; they do not count in eval/loss", too_long
             )
-        self._maker = RowMaker(
-            samples, pretrained.tokenizer, data.num_crops, tile, pretrained.tokenizer.pad_token_id
-        )
+        self._maker = RowMaker(samples, pretrained.tokenizer, data.num_crops, tile=tile)
         self._processor = Phi3VProcessor(tokenizer=pretrained.tokenizer, num_crops=data.num_crops, tile=tile)
         answered = chosen.take(spread(len(chosen), ours.generate_samples))
         self._prompts = Prompts(answered, before_read=self._refuse_after_stop)

@@ -38,7 +38,7 @@ def split_loss(
     and all get the same result.
     """
     rows = _pack_in_order(costs.tokens, row_tokens)
-    views = [int(costs.tiles[row].sum() + costs.pictures[row].sum()) for row in rows]
+    views = [int(costs.tiles[row].sum() + costs.images[row].sum()) for row in rows]
     calls = vision_calls_needed(max(views, default=0), 0, views_per_call)
     reader = maker.reader()
     row_losses: list[tuple[int, int, float]] = []  # (row, rank, summed loss)

@@ -23,6 +23,7 @@ from phi3v_dist.processor.geometry import SampleShape
 from phi3v_dist.processor.image import decode_image
 from phi3v_dist.processor.prompt import encode, render
 from shards.common.errors import BadInputError
+from shards.format.records import SampleRecord
 
 _COLUMNS = ["key", "shard", "images", "messages", "meta"]
 _MAX_VIEWS = 256  # tiles and global views of a batch, which go through the vision tower together
@@ -53,7 +54,7 @@ def read_split(paths: Sequence[str], split: str, samples: int | None, *, may_lac
     paths: dataset directories. may_lack: a dataset without that split contributes no samples. Raises
     BadInputError for a dataset that cannot be read, as `read_index` does.
     """
-    tables, shards = split_tables(paths, split, _COLUMNS, may_lack)
+    tables, shards = split_tables(paths, split, _COLUMNS, may_lack=may_lack)
     table = pa.concat_tables(list(tables.values())) if tables else pa.table({})
     chosen = table.take(pa.array(spread(table.num_rows, samples), pa.int64())) if tables else table
     return Samples(paths, shards, chosen)
@@ -73,7 +74,7 @@ class Prompts:
         before_read: Callable[[], None] | None = None,
     ) -> None:
         self._samples, self._before_read = samples, before_read
-        self._records: list[dict[str, Any]] = list(samples.records(range(len(samples))))
+        self._records: list[SampleRecord] = list(samples.records(range(len(samples))))
         self._images_of = list(range(len(samples))) if images_of is None else list(images_of)
 
     def __len__(self) -> int:
@@ -82,7 +83,7 @@ class Prompts:
     @property
     def keys(self) -> list[str]:
         """The keys of the samples."""
-        return [record["key"] for record in self._records]
+        return [record.key for record in self._records]
 
     @property
     def truths(self) -> list[str]:
@@ -100,7 +101,7 @@ class Prompts:
         """
         found: list[str | None] = []
         for record in self._records:
-            value = json.loads(record.get("meta") or "{}").get(field)
+            value = json.loads(record.meta).get(field)
             if value is None and field == "category":
                 value = parse_product(_reply(record)).category
             found.append(None if value is None else str(value))
@@ -115,11 +116,13 @@ class Prompts:
         shapes = []
         for record, source in zip(self._records, self._images_of, strict=True):
             try:
-                sizes = ((image["width"], image["height"]) for image in self._records[source]["images"])
+                sizes = [(image.width, image.height) for image in self._records[source].images]
                 images = SampleShape.of(sizes, num_crops, tile)
-                text = encode(tokenizer, record["messages"][:-1], [0] * len(images.grids), True)
+                text = encode(
+                    tokenizer, record.messages[:-1], [0] * len(images.grids), add_generation_prompt=True
+                )
             except BadInputError as error:
-                raise BadInputError(f"sample {record['key']!r}: {error}") from error
+                raise BadInputError(f"sample {record.key!r}: {error}") from error
             tokens = len(text.input_ids) + sum(images.image_tokens)
             shapes.append(PromptShape(tokens, images.views, len(images.grids)))
         return shapes
@@ -140,8 +143,8 @@ class Prompts:
                 try:
                     images = tuple(decode_image(data) for data in reader.images(source))
                 except BadInputError as error:
-                    raise BadInputError(f"{source['shard']}: sample {source['key']!r}: {error}") from error
-                prompts.append(Prompt(record["key"], _text(record), truth=_reply(record), images=images))
+                    raise BadInputError(f"{source.shard}: sample {source.key!r}: {error}") from error
+                prompts.append(Prompt(record.key, _text(record), truth=_reply(record), images=images))
         finally:
             reader.close()
         return prompts
@@ -153,7 +156,7 @@ class Prompts:
         images_of = list(range(len(self._records)))
         by_count: dict[int, list[int]] = {}
         for place, record in enumerate(self._records):
-            by_count.setdefault(len(record["images"]), []).append(place)
+            by_count.setdefault(len(record.images), []).append(place)
         for places in by_count.values():
             random.Random(f"swap {seed}").shuffle(places)
             for here, there in zip(places, places[1:] + places[:1], strict=True):
@@ -161,12 +164,12 @@ class Prompts:
         return Prompts(self._samples, images_of, self._before_read)
 
 
-def _text(record: dict[str, Any]) -> str:
-    return render(record["messages"][:-1], add_generation_prompt=True)
+def _text(record: SampleRecord) -> str:
+    return render(record.messages[:-1], add_generation_prompt=True)
 
 
-def _reply(record: dict[str, Any]) -> str:
-    reply: str = record["messages"][-1]["content"]
+def _reply(record: SampleRecord) -> str:
+    reply: str = record.messages[-1]["content"]
     return reply
 
 

@@ -7,15 +7,15 @@ and no targets, and the step is thrown away. Called by the train loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from phi3v_dist.data.loader import LoadedRow, RowMaker
 from phi3v_dist.data.plan import MicroRow, Plan, StepRows, rank_rows
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.run.stop import Stop, StoppedWaitingError
 from shards.common.errors import BadInputError
+from shards.format.records import SampleRecord
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,17 @@ class Feed:
         return self._maker.keys(self._micros(step)[micro])
 
     def _micros(self, step: StepRows) -> list[MicroRow]:
-        return rank_rows(step, self._plan.costs, self._mesh.dp_rank, self._mesh.dp_size, self._vision_chunk)
+        return rank_rows(
+            step,
+            self._plan.costs,
+            dp_rank=self._mesh.dp_rank,
+            dp_size=self._mesh.dp_size,
+            vision_chunk=self._vision_chunk,
+        )
 
 
 class _NothingToRead:
     """Stands in for a SampleReader: every picture is unreadable."""
 
-    def images(self, record: Mapping[str, Any]) -> list[bytes]:
+    def images(self, record: SampleRecord) -> list[bytes]:
         raise BadInputError("not read: the run is to stop")

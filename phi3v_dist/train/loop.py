@@ -33,7 +33,7 @@ from phi3v_dist.data.plan import RankRows, StepRows
 from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
 from phi3v_dist.engine.nvme import prepare_swapping, remove_swapped
 from phi3v_dist.engine.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
-from phi3v_dist.evaluation.in_training import BestSoFar, InTrainingEvaluation, PendingEvaluation
+from phi3v_dist.evaluation.in_training import BestSoFar, PendingEvaluation, Validation
 from phi3v_dist.exits import PreemptedError
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.groups import choose_learning
@@ -104,9 +104,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
         _log.info("%s: already finished at step %d; nothing to do", run_dir, progress.step)
         return progress
     mesh.on_main(lambda: check_room(config, pretrained.model_config, run_dir, resume is not None))
-    evaluation = mesh.everywhere(
-        lambda: InTrainingEvaluation(config, pretrained, mesh, stop=lambda: stop.asked)
-    )
+    validation = mesh.everywhere(lambda: Validation(config, pretrained, mesh, lambda: stop.asked))
     _leave_if_asked(stop, mesh)
 
     prepare_deepspeed(mesh)
@@ -121,9 +119,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
         pretrained.tokenizer_dir,
     )
     about = _about(config, fingerprint, mesh, engine)
-    tracker = (
-        Tracker(config, run_dir, progress.step, about=about, from_row=progress.rows) if mesh.is_main else None
-    )
+    tracker = Tracker(config, run_dir, progress.step, about, progress.rows) if mesh.is_main else None
     saved = progress.step if pending.metrics is None else 0  # again, for it may turn out to be the best
     saver = Saver(
         engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, saved
@@ -190,14 +186,14 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
                 window = Window(peak_tflops=peak)
             if (stepped and validating) or pending.metrics is not None:
                 heartbeat.at(progress.step, "evaluation")
-                scores = evaluation.run(progress.step, engine)
+                scores = validation.run(progress.step, engine)
                 if scores is None:
                     stopping, broken_off = True, True
                     _log.warning(
                         "step %d: evaluation broken off, the run is to stop; the next start makes it",
                         progress.step,
                     )
-                    pending.record(progress.step, metrics)
+                    pending.note(progress.step, metrics)
                 else:
                     shown = [f"{k} {v:.4g}" for k, v in scores.items() if v is not None]
                     _log.info("step %d  %s", progress.step, "  ".join(shown))
@@ -208,16 +204,14 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
                 tracker.log(progress.step, metrics)
             if done or stopping:
                 heartbeat.at(progress.step, "last save")
-                fault = saver.save_surely(
-                    progress, best.record_when_saved(progress.step, metrics) if is_best else None
-                )
+                fault = saver.save_surely(progress, best.note(progress.step, metrics) if is_best else None)
             elif saving or is_best:
                 heartbeat.at(progress.step, "save")
                 began = time.perf_counter()
-                saver.save(progress, best.record_when_saved(progress.step, metrics) if is_best else None)
+                saver.save(progress, best.note(progress.step, metrics) if is_best else None)
                 window.saved_in = time.perf_counter() - began
             if pending.metrics is not None and not broken_off:
-                pending.clear()
+                pending.settle()
             if stopping and (not done or broken_off):
                 if tracker is not None:
                     tracker.preempting()

@@ -25,7 +25,7 @@ from phi3v_dist.data.node_cache import CacheOptions, copy_name
 from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.data.reader import SampleReader
 from phi3v_dist.data.samples import read_samples
-from phi3v_dist.data.tokens import Counter, pictures_that_fit, sample_costs, truncated_costs
+from phi3v_dist.data.tokens import Counter, images_that_fit, sample_costs, truncated_costs
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from phi3v_dist.train.quarantine import allowed
 from shards.build import BuildOptions, build
@@ -51,18 +51,26 @@ def copy(products: Path, tmp_path: Path) -> Path:
 
 
 def maker(root: Path | str, tokenizer: Any, **options: Any) -> RowMaker:
-    return RowMaker(read_samples([str(root)], "train"), tokenizer, 4, TILE, tokenizer.pad_token_id, **options)
+    return RowMaker(read_samples([str(root)], "train"), tokenizer, 4, tile=TILE, **options)
 
 
 def plan_of(made: RowMaker) -> Plan:
     costs = sample_costs(made.samples, Counter(made.tokenizer, 4, TILE))
-    return Plan(costs, 700, 0, 2)
+    return Plan(costs, 700, 0, global_batch=2)
 
 
 def rows(made: RowMaker, workers: int = 0) -> list[LoadedRow]:
     plan = plan_of(made)
-    mine = RankRows(plan, 0, 1, 16, 0, plan.steps_of(1), plan.end_row(1))
-    return list(load_rows(made, mine, workers, 2, 60))
+    mine = RankRows(
+        plan,
+        dp_rank=0,
+        dp_size=1,
+        vision_chunk=16,
+        first_row=0,
+        steps=plan.steps_of(1),
+        end_row=plan.end_row(1),
+    )
+    return list(load_rows(made, mine, workers, prefetch=2, timeout_s=60))
 
 
 def check_contained(made: list[LoadedRow], whole: list[LoadedRow], bad: set[str], words: str) -> None:
@@ -84,8 +92,8 @@ def test_a_shard_cut_short_or_gone_or_overwritten_costs_its_own_samples(
     whole = rows(maker(products, tokenizer))
     made = maker(copy, tokenizer)
     records = list(made.samples.records(range(len(made.samples))))
-    first = records[0]["shard"]
-    keys = {record["key"] for record in records if record["shard"] == first}
+    first = records[0].shard
+    keys = {record.key for record in records if record.shard == first}
     data = (copy / first).read_bytes()
     (copy / first).write_bytes(data[: len(data) // 2])
     check_contained(rows(made), whole, keys, "in dataset.json")
@@ -96,11 +104,11 @@ def test_a_shard_cut_short_or_gone_or_overwritten_costs_its_own_samples(
     start = len(data) // 2
     (copy / first).write_bytes(data[:start] + noise + data[start + len(noise) :])
     hit = {
-        record["key"]
+        record.key
         for record in records
-        if record["shard"] == first
-        for image in record["images"]
-        if image["offset"] - 512 < start + len(noise) and start < image["offset"] + image["length"]
+        if record.shard == first
+        for image in record.images
+        if image.offset - 512 < start + len(noise) and start < image.offset + image.length
     }
     assert 0 < len(hit) < len(keys)
     check_contained(rows(made), whole, hit, "")
@@ -111,11 +119,11 @@ def test_truncated_pictures_cost_their_samples(products: Path, copy: Path, token
     made = maker(copy, tokenizer)
     records = list(made.samples.records([3, 11]))
     for record in records:
-        image = record["images"][0]
-        with (copy / record["shard"]).open("r+b") as stream:
-            stream.seek(image["offset"] + image["length"] // 2)
-            stream.write(bytes(image["length"] // 2))
-    check_contained(rows(made), whole, {record["key"] for record in records}, "undecodable")
+        image = record.images[0]
+        with (copy / record.shard).open("r+b") as stream:
+            stream.seek(image.offset + image.length // 2)
+            stream.write(bytes(image.length // 2))
+    check_contained(rows(made), whole, {record.key for record in records}, "undecodable")
 
 
 def test_a_shard_of_another_version_is_noticed_even_if_its_size_is_the_same(
@@ -127,8 +135,8 @@ def test_a_shard_of_another_version_is_noticed_even_if_its_size_is_the_same(
     build(str(tmp_path / "catalogue/products.csv"), str(tmp_path / "other"), options)
     made = maker(copy, tokenizer)
     records = list(made.samples.records(range(len(made.samples))))
-    first = records[0]["shard"]
-    keys = {record["key"] for record in records if record["shard"] == first}
+    first = records[0].shard
+    keys = {record.key for record in records if record.shard == first}
     other = (tmp_path / "other" / first).read_bytes()
     (copy / first).write_bytes(other)
     check_contained(rows(made), whole, keys, "another version")
@@ -142,8 +150,16 @@ def test_a_shard_deleted_under_running_workers_hangs_nobody(copy: Path, tokenize
     made = maker(copy, tokenizer)
     plan = plan_of(made)
     # 30 epochs; the shards go while they are read
-    mine = RankRows(plan, 0, 1, 16, 0, plan.steps_of(30), plan.end_row(30))
-    loaded = load_rows(made, mine, 1, 1, 60)
+    mine = RankRows(
+        plan,
+        dp_rank=0,
+        dp_size=1,
+        vision_chunk=16,
+        first_row=0,
+        steps=plan.steps_of(30),
+        end_row=plan.end_row(30),
+    )
+    loaded = load_rows(made, mine, 1, prefetch=1, timeout_s=60)
     next(loaded)
     for shard in copy.glob("*.tar"):
         shard.unlink()
@@ -154,7 +170,13 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(copy: Path, tokenizer: Any) 
     made = maker(copy, tokenizer)
     plan = plan_of(made)
     before = {p.pid for p in psutil.Process().children(recursive=True)}
-    loaded = load_rows(made, RankRows(plan, 0, 1, 16, 0, 10_000), 2, 1, 60)
+    loaded = load_rows(
+        made,
+        RankRows(plan, dp_rank=0, dp_size=1, vision_chunk=16, first_row=0, steps=10_000),
+        2,
+        prefetch=1,
+        timeout_s=60,
+    )
     next(loaded)
     ours = psutil.Process()  # its own children are the fork server and the resource tracker
     workers = [p for p in ours.children(recursive=True) if p.pid not in before and p.ppid() != ours.pid]
@@ -171,19 +193,27 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(copy: Path, tokenizer: Any) 
 
 def test_an_error_in_a_worker_arrives_with_its_traceback(copy: Path, tokenizer: Any) -> None:
     made = replace(maker(copy, tokenizer), num_crops=0)  # no picture can be cut into no tiles
-    mine = RankRows(plan_of(maker(copy, tokenizer)), 0, 1, 16, 0, 2)
+    mine = RankRows(
+        plan_of(maker(copy, tokenizer)), dp_rank=0, dp_size=1, vision_chunk=16, first_row=0, steps=2
+    )
     with pytest.raises(BadInputError, match="(?s)Traceback.*hd_grid.*num_crops is 0"):
-        list(load_rows(made, mine, 1, 1, 60))
+        list(load_rows(made, mine, 1, prefetch=1, timeout_s=60))
 
 
 def test_a_worker_that_is_stuck_ends_the_run(copy: Path, tokenizer: Any) -> None:
     made = maker(copy, tokenizer)
-    first = next(made.samples.records([0]))["shard"]
+    first = next(made.samples.records([0])).shard
     for shard in copy.glob("*.tar"):
         shard.unlink()
         os.mkfifo(shard)  # opening it waits for ever
     assert (copy / first).exists()
-    loaded = load_rows(replace_shards(made), RankRows(plan_of(made), 0, 1, 16, 0, 4), 1, 1, 3)
+    loaded = load_rows(
+        replace_shards(made),
+        RankRows(plan_of(made), dp_rank=0, dp_size=1, vision_chunk=16, first_row=0, steps=4),
+        1,
+        prefetch=1,
+        timeout_s=3,
+    )
     with pytest.raises(RuntimeError, match="no row from 1 data workers for 3 s"):
         next(loaded)
 
@@ -204,8 +234,8 @@ def test_s3_is_read_by_ranges_and_what_is_gone_or_changed_there_is_contained(
     for one, other in zip(rows(there), whole, strict=True):
         assert torch.equal(one.row.tiles, other.row.tiles) and not one.bad
     records = list(there.samples.records(range(len(there.samples))))
-    first = records[0]["shard"]
-    keys = {record["key"] for record in records if record["shard"] == first}
+    first = records[0].shard
+    keys = {record.key for record in records if record.shard == first}
     filesystem.rm(f"{s3}/data/{first}")
     check_contained(rows(there), whole, keys, "cannot be read")
     filesystem.pipe(f"{s3}/data/{first}", b"another version")
@@ -235,8 +265,8 @@ def test_reads_that_fail_are_tried_again_but_not_for_ever(
 ) -> None:
     monkeypatch.setattr(reader_module, "_FIRST_WAIT_S", 0.01)
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    record = read_index(str(products), "train", ["shard", "images"]).slice(0, 1).to_pylist()[0]
-    fsspec.filesystem("memory").pipe(f"/set/{record['shard']}", (products / record["shard"]).read_bytes())
+    record = next(read_samples([str(products)], "train").records([0]))
+    fsspec.filesystem("memory").pipe(f"/set/{record.shard}", (products / record.shard).read_bytes())
     Flaky.failures = 2
     assert SampleReader("flaky://set").images(record) == SampleReader(str(products)).images(record)
     Flaky.failures = 100
@@ -250,7 +280,7 @@ def test_shards_are_kept_on_the_node_within_the_limit_and_never_a_wrong_one(
 ) -> None:
     memory = fsspec.filesystem("memory")
     samples = read_samples([str(products)], "train")
-    records = {r["shard"]: r for r in samples.records(range(len(samples)))}
+    records = {r.shard: r for r in samples.records(range(len(samples)))}
     for shard in records:
         memory.pipe(f"/kept/{shard}", (products / shard).read_bytes())
     names = sorted(records)
@@ -304,29 +334,30 @@ def test_shards_are_kept_on_the_node_within_the_limit_and_never_a_wrong_one(
 def test_over_long_samples_lose_pictures_from_the_end_and_keep_their_answers(
     copy: Path, tokenizer: Any
 ) -> None:
-    assert pictures_that_fit(100, [30, 30, 30], 100) == 3
-    assert pictures_that_fit(100, [30, 30, 30], 99) == 2
-    assert pictures_that_fit(100, [30, 30, 30], 9) == 0
+    assert images_that_fit(100, [30, 30, 30], 100) == 3
+    assert images_that_fit(100, [30, 30, 30], 99) == 2
+    assert images_that_fit(100, [30, 30, 30], 9) == 0
     made = maker(copy, tokenizer)
     counter = Counter(tokenizer, 4, TILE)
     whole = sample_costs(made.samples, counter)
     text = int((whole.tokens - 41).min())  # a picture of one tile has 41 tokens, of more tiles more
     limit = int(whole.tokens.max()) - 1
-    costs, count = truncated_costs(whole, made.samples, 4, TILE, limit)
+    costs, count = truncated_costs(whole, made.samples, counter, limit=limit)
     over = whole.tokens > limit
     assert count == over.sum() > 0 and (costs.tokens <= limit).all() and text > 0
-    assert (costs.targets == whole.targets).all() and (costs.pictures[over] == 0).all()
+    assert (costs.targets == whole.targets).all() and (costs.images[over] == 0).all()
     assert (costs.tokens[~over] == whole.tokens[~over]).all()
     reader = made.reader()
     cutting = replace(made, max_tokens=limit)
     for number in range(len(whole)):
-        document, fault, _ = cutting.document(next(made.samples.records([number])), reader)
-        assert fault is None
+        loaded = cutting.document(next(made.samples.records([number])), reader)
+        document = loaded.document
+        assert loaded.bad is None
         assert len(document.input_ids) == costs.tokens[number]
         assert len(document.tiles) == costs.tiles[number]
         assert sum(label != -100 for label in document.labels) == costs.targets[number]
     # text alone too long: left to be dropped
-    assert truncated_costs(whole, made.samples, 4, TILE, 5)[1] == 0
+    assert truncated_costs(whole, made.samples, counter, limit=5)[1] == 0
 
 
 def test_how_many_bad_samples_a_run_bears() -> None:
@@ -344,7 +375,7 @@ from phi3v_dist.data.loader import load_rows
 from rows_of_nothing import Maker
 
 if __name__ == "__main__":
-    rows = load_rows(Maker(), range(10**6), 2, 1, 60)
+    rows = load_rows(Maker(), range(10**6), 2, prefetch=1, timeout_s=60)
     next(rows)
     children = psutil.Process().children(recursive=True)
     print(*(p.pid for p in children if "resource_tracker" not in " ".join(p.cmdline())), flush=True)

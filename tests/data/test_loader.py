@@ -1,6 +1,7 @@
 """From a dataset directory to packed rows: counts agree with what is made, damage is contained."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def maker(products: Path, tmp_path_factory: pytest.TempPathFactory) -> RowMaker:
     tokenizer = load_tokenizer(folder)
     keep_samples(read_samples([str(products)], "train"), folder / "samples.arrow")
     samples = open_samples([str(products)], folder / "samples.arrow")
-    return RowMaker(samples, tokenizer, 4, TILE, tokenizer.pad_token_id)
+    return RowMaker(samples, tokenizer, 4, tile=TILE)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,17 @@ def costs(maker: RowMaker) -> SampleCosts:
 
 
 def rows(maker: RowMaker, costs: SampleCosts, workers: int = 0) -> list[LoadedRow]:
-    plan = Plan(costs, 700, 0, 2)
-    mine = RankRows(plan, 0, 1, 16, 0, plan.steps_of(1), plan.end_row(1))
-    return list(load_rows(maker, mine, workers, 2, 60))
+    plan = Plan(costs, 700, 0, global_batch=2)
+    mine = RankRows(
+        plan,
+        dp_rank=0,
+        dp_size=1,
+        vision_chunk=16,
+        first_row=0,
+        steps=plan.steps_of(1),
+        end_row=plan.end_row(1),
+    )
+    return list(load_rows(maker, mine, workers, prefetch=2, timeout_s=60))
 
 
 def test_counts_from_the_index_are_those_of_the_made_rows(maker: RowMaker, costs: SampleCosts) -> None:
@@ -47,7 +56,7 @@ def test_counts_from_the_index_are_those_of_the_made_rows(maker: RowMaker, costs
     assert sum(row.tokens for row in made) == costs.tokens.sum()
     assert sum(row.row.num_targets for row in made) == costs.targets.sum()
     assert sum(len(row.row.tiles) for row in made) == costs.tiles.sum()
-    assert sum(row.pictures for row in made) == costs.pictures.sum() == len(maker.samples)
+    assert sum(row.images for row in made) == costs.images.sum() == len(maker.samples)
     assert sum(len(row.row.image_positions) for row in made) == sum(
         (r * c + 1) * 16 + 1 + (r + 1) * 4 for row in made for r, c in row.row.grids.tolist()
     )
@@ -65,10 +74,10 @@ def test_counts_from_the_index_are_those_of_the_made_rows(maker: RowMaker, costs
 
 def test_labels_are_the_reply_and_its_end(maker: RowMaker) -> None:
     (record,) = maker.samples.records([3])
-    document, fault, masked = maker.document(record, maker.reader())
-    assert fault is None and masked == 0
-    learnt = [token for token in document.labels if token != -100]
-    assert maker.tokenizer.decode(learnt).strip() == record["messages"][-1]["content"] + "<|end|>"
+    loaded = maker.document(record, maker.reader())
+    assert loaded.bad is None and loaded.masked == 0
+    learnt = [token for token in loaded.document.labels if token != -100]
+    assert maker.tokenizer.decode(learnt).strip() == record.messages[-1]["content"] + "<|end|>"
 
 
 def test_workers_change_nothing(maker: RowMaker, costs: SampleCosts) -> None:
@@ -91,7 +100,7 @@ def test_counts_are_the_same_from_several_processes_and_from_a_file(
             np.array_equal(a, b) for a, b in zip(vars(other).values(), vars(costs).values(), strict=True)
         )
     assert np.array_equal(shards, kept_shards)
-    assert len(np.unique(shards)) == len({r["shard"] for r in maker.samples.records(range(len(shards)))})
+    assert len(np.unique(shards)) == len({r.shard for r in maker.samples.records(range(len(shards)))})
     (tmp_path / "costs.npy").write_bytes(b"half")
     with pytest.raises(BadInputError, match="damaged"):
         load_costs(tmp_path / "costs.npy")
@@ -100,8 +109,7 @@ def test_counts_are_the_same_from_several_processes_and_from_a_file(
 def test_files_are_named_after_all_that_shapes_them(maker: RowMaker, products: Path, tmp_path: Path) -> None:
     counter = Counter(maker.tokenizer, 4, TILE)
     assert counter.key() == Counter(maker.tokenizer, 4, TILE).key()
-    assert len({Counter(maker.tokenizer, n, t, p).key() for n in (1, 4) for t in (112, 336)
-                for p in ("chat", "seed")}) == 8  # fmt: skip
+    assert len({Counter(maker.tokenizer, n, t).key() for n in (1, 4) for t in (112, 336)}) == 4
     whole = samples_fingerprint([str(products)], "train")
     assert whole != samples_fingerprint([str(products)], "val")
     assert whole != samples_fingerprint([str(products)] * 2, "train")
@@ -118,7 +126,7 @@ def test_two_data_sets_are_numbered_one_after_the_other(maker: RowMaker, product
     assert both.bounds() == (0, half, 2 * half)
     assert len(np.unique(both.shard_numbers())) == 2 * len(np.unique(maker.samples.shard_numbers()))
     first, second = both.records([1, half + 1])
-    assert {**second, "source": 0} == first and second["source"] == 1
+    assert replace(second, source=0) == first and second.source == 1
     assert list(both.take([half + 1]).records([0])) == [second]
     reader = SampleReader(both.roots, both.shards)
     assert reader.images(first) == reader.images(second)
@@ -126,17 +134,17 @@ def test_two_data_sets_are_numbered_one_after_the_other(maker: RowMaker, product
 
 
 def test_the_reader_reads_any_fsspec_store_alike_and_stays_in_its_directory(products: Path) -> None:
-    record = read_index(str(products), "train", ["shard", "images"]).slice(0, 1).to_pylist()[0]
+    record = next(read_samples([str(products)], "train").records([0]))
     import fsspec
 
     memory = fsspec.filesystem("memory")
-    memory.pipe(f"/set/{record['shard']}", (products / record["shard"]).read_bytes())
+    memory.pipe(f"/set/{record.shard}", (products / record.shard).read_bytes())
     assert SampleReader("memory://set").images(record) == SampleReader(str(products)).images(record)
     for name in ("../x.tar", "/etc/passwd", "a/b.tar"):
         with pytest.raises(BadInputError, match="not a file name"):
-            SampleReader(str(products)).images({**record, "shard": name})
+            SampleReader(str(products)).images(replace(record, shard=name))
     with pytest.raises(BadInputError, match="cannot be read"):
-        SampleReader(str(products)).images({**record, "shard": "none.tar"})
+        SampleReader(str(products)).images(replace(record, shard="none.tar"))
 
 
 def test_a_row_of_nothing_is_padding() -> None:

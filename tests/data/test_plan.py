@@ -63,7 +63,10 @@ def test_it_is_a_function_of_seed_and_epoch() -> None:
 
 def consumed(made: Plan, dp_size: int, first_row: int, steps: int) -> list[list[tuple[int, ...]]]:
     """What all ranks together eat in each step, as a set of rows."""
-    ranks = [list(RankRows(made, rank, dp_size, 16, first_row, steps)) for rank in range(dp_size)]
+    ranks = [
+        list(RankRows(made, dp_rank=rank, dp_size=dp_size, vision_chunk=16, first_row=first_row, steps=steps))
+        for rank in range(dp_size)
+    ]
     each = made.global_batch // dp_size
     return [
         sorted(tuple(m.samples) for rank in ranks for m in rank[step * each : (step + 1) * each])
@@ -113,13 +116,13 @@ def test_targets_are_those_of_all_rows() -> None:
 
 def test_ranks_of_a_micro_step_make_the_same_vision_calls_and_similar_work() -> None:
     made = plan(global_batch=16)
-    ranks = [rank_rows(made.step(0), made.costs, r, 4, 8) for r in range(4)]
+    ranks = [rank_rows(made.step(0), made.costs, dp_rank=r, dp_size=4, vision_chunk=8) for r in range(4)]
     assert all(len(rank) == 4 for rank in ranks)
     for micro in range(4):
         calls = {rank[micro].vision_calls for rank in ranks}
         assert len(calls) == 1
         views = max(
-            int(made.costs.tiles[r[micro].samples].sum() + made.costs.pictures[r[micro].samples].sum())
+            int(made.costs.tiles[r[micro].samples].sum() + made.costs.images[r[micro].samples].sum())
             for r in ranks
         )
         assert calls == {max(1, -(-views // 8))}
@@ -144,7 +147,7 @@ def test_over_long_samples_are_dropped_aloud_or_refused() -> None:
 @pytest.mark.parametrize(("seq_len", "samples"), [(8192, 40_000), (131_072, 400_000)])
 def test_a_log_normal_mix_fills_its_rows_and_keeps_ranks_equally_busy(seq_len: int, samples: int) -> None:
     mix = log_normal(samples, seq_len)
-    made = Plan(mix, seq_len, 0, 64)
+    made = Plan(mix, seq_len, 0, global_batch=64)
     assert made.fill(0) > 0.985
     for dp_size in (8, 64):
         imbalance = step_imbalance(made, dp_size, 100)
@@ -155,7 +158,7 @@ def test_a_log_normal_mix_fills_its_rows_and_keeps_ranks_equally_busy(seq_len: i
 def test_a_stretch_of_training_reads_few_shards_and_every_epoch_others_first() -> None:
     mix = log_normal(200_000, 8192)
     layout = Layout((np.arange(200_000) // 500).astype(np.int32), (0, 200_000))
-    made = Plan(mix, 8192, 0, 8, layout=layout)
+    made = Plan(mix, 8192, 0, global_batch=8, layout=layout)
     firsts = []
     for epoch in (0, 1):
         rows = made.epoch(epoch)
@@ -190,7 +193,9 @@ def test_a_plan_is_kept_and_one_that_is_damaged_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kept(writer: bool) -> Plan:
-        return Plan(log_normal(30_000, 8192), 8192, 0, 8, files=PlanFiles(tmp_path, "key", writer))
+        return Plan(
+            log_normal(30_000, 8192), 8192, 0, global_batch=8, files=PlanFiles(tmp_path, "key", writer)
+        )
 
     nobody = kept(writer=False)
     nobody.epoch(1)

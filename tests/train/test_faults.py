@@ -230,7 +230,7 @@ def test_a_row_of_a_prolonged_run_is_found_again(tiny_config: Path) -> None:
     keys = [replay(config, Place(progress["step"], 0, micro, 1)).keys for micro in range(4)]
     plan = prepare_data(
         config, load_tokenizer(job.run_dir / "tokenizer"), model_config_of(config).tile,
-        job.run_dir / "plan", writer=False,
+        directory=job.run_dir / "plan", writer=False,
     )  # fmt: skip
     rows = plan.plan.step(progress["rows"]).rows
     assert sorted(keys) == sorted(tuple(plan.maker.keys(MicroRow(row, 1))) for row in rows)
