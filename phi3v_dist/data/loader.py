@@ -46,7 +46,7 @@ class LoadedRow:
 
     row: PackedRow
     tokens: int
-    pictures: int
+    images: int
     samples: int
     masked: int
     bad: tuple[str, ...]
@@ -58,7 +58,7 @@ class RowCounts:
 
     tokens: int = 0
     positions: int = 0
-    pictures: int = 0
+    images: int = 0
     samples: int = 0
     masked: int = 0
     bad: int = 0
@@ -67,7 +67,7 @@ class RowCounts:
     def of(cls, loaded: LoadedRow) -> RowCounts:
         """Those of one row."""
         positions = len(loaded.row.input_ids)
-        return cls(loaded.tokens, positions, loaded.pictures, loaded.samples, loaded.masked, len(loaded.bad))
+        return cls(loaded.tokens, positions, loaded.images, loaded.samples, loaded.masked, len(loaded.bad))
 
     def __add__(self, other: RowCounts) -> RowCounts:
         return RowCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -79,7 +79,7 @@ class RowCounts:
             "data/fill": self.tokens / (rows * seq_len),
             "data/padding": 1 - self.tokens / max(1, self.positions),
             "data/tokens_per_row": self.tokens / rows,
-            "data/images_per_row": self.pictures / rows,
+            "data/images_per_row": self.images / rows,
             "data/samples_per_row": self.samples / rows,
         }
 
@@ -94,7 +94,7 @@ class PictureReader(Protocol):
 class RowMaker:
     """Makes rows from sample numbers; travels to the workers.
 
-    pad_id: token of the padding. max_tokens: longer samples lose pictures from the end; None: they stay as
+    pad_id: token of the padding. max_tokens: longer samples lose images from the end; None: they stay as
     they are. cache: copies of shards on a disk of the node.
     """
 
@@ -107,7 +107,7 @@ class RowMaker:
     cache: CacheOptions | None = None
 
     def reader(self) -> SampleReader:
-        """Reads the pictures; one per process."""
+        """Reads the images; one per process."""
         return SampleReader(self.samples.roots, self.samples.shards, self.cache)
 
     def load(self, micro: MicroRow, reader: PictureReader) -> LoadedRow:
