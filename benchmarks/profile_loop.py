@@ -27,8 +27,9 @@ from benchmarks.step_overhead import Recorder, be_the_only_rank, recipe
 from phi3v_dist.config import load_config
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
 from phi3v_dist.tracking.tracker import Tracker
-from phi3v_dist.train import loop as loop
+from phi3v_dist.train import step
 from phi3v_dist.train.feed import Feed
+from phi3v_dist.train.loop import train
 
 
 class Clock:
@@ -87,15 +88,15 @@ def main() -> int:
         config = load_config(recipe(Path(folder), options.steps + 3), ["name=profile"])
         (config.run_dir / "logs").mkdir(parents=True)
         with watched(clock), Recorder() as recorder:
-            counted = loop.learning_rate
+            counted = step.learning_rate
 
             def rate(*arguments: Any) -> float:  # the first two steps and the last, which saves, are left out
                 value = counted(*arguments)
                 clock.on = 3 <= len(recorder.times) < options.steps + 3
                 return value
 
-            loop.learning_rate = rate
-            loop.train(config, mesh)
+            step.learning_rate = rate
+            train(config, mesh)
         total = recorder.times[options.steps + 2] - recorder.times[2]
     lines = ["| part of a step | share |", "|---|---|"]
     for name, seconds in sorted(clock.parts.items(), key=lambda item: -item[1]):

@@ -9,6 +9,7 @@ the wall time between the starts of two steps, whatever happens in between. Roun
 """
 
 import argparse
+import functools
 import logging
 import os
 import socket
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from benchmarks.record import Comparison, report
 from phi3v_dist.config import load_config
 from phi3v_dist.data.loader import LoadedRow
 from phi3v_dist.parallel.mesh import open_mesh
-from phi3v_dist.train import loop as loop
+from phi3v_dist.train import job, step
+from phi3v_dist.train.loop import train
 from shards.build import BuildOptions, build
 from shards.sample import make_catalogue
 
@@ -69,8 +71,8 @@ class Recorder:
     def __init__(self) -> None:
         self.times: list[float] = []
         self.rows: list[LoadedRow] = []
-        self.engine_of: tuple[Any, ...] = ()
-        self._kept = (loop.learning_rate, loop.load_rows, loop._make_engine)
+        self.make_engine: Callable[[], Any] | None = None
+        self._kept = (step.learning_rate, job.load_rows, job._make_engine)
 
     def __enter__(self) -> "Recorder":
         learning_rate, load_rows, make_engine = self._kept
@@ -84,15 +86,15 @@ class Recorder:
                 self.rows.append(row)
                 yield row
 
-        def engine(*arguments: Any) -> Any:
-            self.engine_of = arguments
-            return make_engine(*arguments)
+        def engine(*arguments: Any, **more: Any) -> Any:
+            self.make_engine = functools.partial(make_engine, *arguments, **more)
+            return self.make_engine()
 
-        loop.learning_rate, loop.load_rows, loop._make_engine = rate, rows, engine
+        step.learning_rate, job.load_rows, job._make_engine = rate, rows, engine
         return self
 
     def __exit__(self, *_: object) -> None:
-        loop.learning_rate, loop.load_rows, loop._make_engine = self._kept
+        step.learning_rate, job.load_rows, job._make_engine = self._kept
 
     def seconds(self) -> list[float]:
         """Of each step but the first two and the last, which evaluates and saves."""
@@ -111,7 +113,8 @@ def be_the_only_rank() -> None:
 
 def bare(recorder: Recorder) -> list[float]:
     """Seconds of each step of a loop that does nothing else, on the recorded rows."""
-    engine = loop._make_engine(*recorder.engine_of)
+    assert recorder.make_engine is not None
+    engine = recorder.make_engine()
     seconds = []
     for row in recorder.rows:
         began = time.perf_counter()
@@ -138,7 +141,7 @@ def main() -> int:
             with Recorder() as recorder:
                 config = load_config(file, [f"name=run{turn}"])
                 (config.run_dir / "logs").mkdir(parents=True)  # as the command line does for its logs
-                loop.train(config, mesh)
+                train(config, mesh)
             found["ours"] += recorder.seconds()
             found["bare"] += bare(recorder)
     ours, theirs = (statistics.median(found[way]) for way in ("ours", "bare"))

@@ -1,27 +1,32 @@
-"""The run directory: who may write into `runs/NAME`, where it goes on from, and where its logs go.
+"""Who may write into `runs/NAME`: one job at a time, and only the run that the directory belongs to.
 
-In: the configuration. Out: a directory that belongs to this run alone. Called by the train loop;
-the names are those by which all others know a run's files.
+`claim` is the outermost context of a training process: it holds the lock, the heartbeat and the requests to
+stop. `open_run_dir` refuses a directory that holds another run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phi3v_dist.checkpoint.read import read_meta
+import filelock
+
 from phi3v_dist.config import RunConfig, changed_keys, config_json, flatten
-from phi3v_dist.run.layout import CONFIG, RUN_ID
+from phi3v_dist.parallel.heartbeat import Heartbeat
+from phi3v_dist.parallel.mesh import Mesh
+from phi3v_dist.run.layout import CONFIG, LOGS, RUN_ID
 from phi3v_dist.run.logs import not_writable
+from phi3v_dist.run.stop import STOP, Stop
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
+from shards.common.locks import LockTimeoutError, take_lock
 
 # What may change between one start of a run and the next; anything else would make it another run.
 # data.path may: shards are staged to node-local disks, and the fingerprint guards their content.
@@ -36,87 +41,107 @@ _MAY_CHANGE = (
     "data.prefetch",
     "data.cache_",
 )
-_MAY_CHANGE_ALOUD = ("train.steps", "train.epochs", "model.gradient_checkpointing", "model.vision_chunk",
-                     "data.max_bad_fraction", "data.val_split")  # fmt: skip
+_MAY_CHANGE_WITH_WARNING = ("train.steps", "train.epochs", "model.gradient_checkpointing",
+                            "model.vision_chunk", "data.max_bad_fraction", "data.val_split")  # fmt: skip
+_LOCK_WAIT_S = 180.0
+"""Seconds that a start waits for the ranks of a killed launcher, which still save."""
 _log = logging.getLogger(__name__)
 
 
-class RunLock:
-    """RUN/.lock: one job at a time trains in a run directory; the system lets go of it when its holder dies.
+@dataclass(frozen=True)
+class Run:
+    """A claimed run directory. stop: requests to stop. heartbeat: told what this rank is doing."""
 
-    For the main rank alone. Ranks of a killed launcher finish their step and save before they end, so a start
-    right after waits for them.
+    directory: Path
+    stop: Stop
+    heartbeat: Heartbeat
+
+
+@contextlib.contextmanager
+def claim(config: RunConfig, mesh: Mesh) -> Iterator[Run]:
+    """Inside, this job alone trains in the run directory; all ranks enter together.
+
+    Raises BadInputError on every rank if another job holds the directory, LostRankError in place of the
+    failure of a collective.
     """
+    directory = config.run_dir
+    stop = Stop(directory / STOP if mesh.local_rank == 0 else None)
+    lock = RunLock(directory)
+    with Heartbeat(mesh, directory / LOGS) as heartbeat:
+        mesh.on_main(lambda: lock.take(min(_LOCK_WAIT_S, mesh.timeout_s / 2)))
+        try:
+            yield Run(directory, stop, heartbeat)
+        finally:
+            lock.release()
+
+
+class RunLock:
+    """RUN/.lock, for the main rank alone. The system releases it when its holder dies."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / ".lock"
-        self._descriptor: int | None = None
+        self._lock: filelock.BaseFileLock | None = None
 
     def take(self, wait_s: float) -> None:
-        """Raises BadInputError if another process still holds the directory after `wait_s` seconds."""
-        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
-        until, said = time.monotonic() + wait_s, False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    _log.warning(
-                        "%s: this file system has no locks (%s); do not start a run twice", self._file, error
-                    )
-                    break
-            holder = self._file.read_text().strip() or "another process"
-            if time.monotonic() > until:
-                os.close(descriptor)
-                raise BadInputError(
-                    f"{self._file.parent}: {holder} trains here; wait for it or end it, or choose "
-                    "another name"
-                )
-            if not said:
-                _log.warning("%s: waiting for %s, which still trains here", self._file.parent, holder)
-                said = True
-            time.sleep(0.5)
-        self._descriptor = descriptor
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        """Waits `wait_s` seconds at most: ranks of a killed launcher finish their step and save before they
+        end. Raises BadInputError if another process still holds the directory then.
+        """
+        try:
+            self._lock = take_lock(self._file, timeout_s=0)
+        except LockTimeoutError:
+            _log.warning("%s: waiting for %s, which still trains here", self._file.parent, self._holder())
+            self._lock = self._wait(time.monotonic() + wait_s)
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+    def _wait(self, until: float) -> filelock.BaseFileLock | None:
+        try:
+            return take_lock(self._file, timeout_s=max(0.0, until - time.monotonic()))
+        except LockTimeoutError as error:
+            raise BadInputError(
+                f"{self._file.parent}: {self._holder()} trains here; wait for it or end it, or choose "
+                "another name"
+            ) from error
+
+    def _holder(self) -> str:
+        return self._file.read_text().strip() or "another process"
 
     def release(self) -> None:
-        """Lets the next job in; nothing if it is not held."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Lets the next job in; does nothing if the lock is not held."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
 
-def open_run_dir(config: RunConfig, data_fingerprint: str, checkpoint: Path | None) -> None:
-    """Makes the run directory of `config` this run's, which goes on from `checkpoint` if there is one.
+def open_run_dir(config: RunConfig, data_fingerprint: str, before: dict[str, Any] | None) -> None:
+    """Writes config.yaml of the run that starts or resumes here; for the main rank.
 
-    Raises BadInputError if that is of another configuration or other data, naming what differs and what may.
+    before: meta.json of the checkpoint that it resumes from, None without one. Raises BadInputError if that
+    is of another configuration or other data, naming what differs and what may.
     """
     run_dir = config.run_dir
     try:
-        if checkpoint is not None:
-            meta = read_meta(checkpoint)
-            _check_same(run_dir, config, data_fingerprint, meta["run"])
-            if meta["wandb_id"] and not (run_dir / RUN_ID).exists():
-                write_atomically(run_dir / RUN_ID, meta["wandb_id"].encode())
+        if before is not None:
+            _check_same(run_dir, config, data_fingerprint, before=before["run"])
+            if before["wandb_id"] and not (run_dir / RUN_ID).exists():
+                write_atomically(run_dir / RUN_ID, before["wandb_id"].encode())
         write_atomically(run_dir / CONFIG, config_json(config).encode())
     except OSError as error:
         raise not_writable(run_dir, error) from error
 
 
-def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before: dict[str, Any]) -> None:
+def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, *, before: dict[str, Any]) -> None:
     old, new = _with_defaults(before["config"]), config.model_dump(mode="json")
     changed = changed_keys(old, new)
     if "data.sources" in changed and _weights(old) == _weights(new):
         changed.remove("data.sources")  # as for data.path
-    refused = [key for key in changed if not key.startswith((*_MAY_CHANGE, *_MAY_CHANGE_ALOUD))]
+    refused = [key for key in changed if not key.startswith((*_MAY_CHANGE, *_MAY_CHANGE_WITH_WARNING))]
     was, now = dict(flatten(old)), dict(flatten(new))
     if refused:
         differences = "; ".join(f"{key} was {was.get(key)}, now {now.get(key)}" for key in refused[:8])
         allowed = ", ".join(
-            f"{key}*" if key.endswith(".") else key for key in (*_MAY_CHANGE_ALOUD, *_MAY_CHANGE)
+            f"{key}*" if key.endswith(".") else key for key in (*_MAY_CHANGE_WITH_WARNING, *_MAY_CHANGE)
         )
         raise BadInputError(
             f"{run_dir}: holds a run with another {', '.join(refused)} ({differences}); set it back, or "
@@ -128,12 +153,10 @@ def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before:
             "restore the data, or choose another name for the new run"
         )
     for key in changed:
-        if key.startswith(_MAY_CHANGE_ALOUD):
-            _log.warning(
-                "%s: goes on with another %s: was %s, now %s", run_dir, key, was.get(key), now.get(key)
-            )
-        else:
-            _log.info("%s: %s was %s, now %s", run_dir, key, was.get(key), now.get(key))
+        level = logging.WARNING if key.startswith(_MAY_CHANGE_WITH_WARNING) else logging.INFO
+        _log.log(
+            level, "%s: resumes with another %s: was %s, now %s", run_dir, key, was.get(key), now.get(key)
+        )
 
 
 def _weights(config: dict[str, Any]) -> list[float | None] | None:

@@ -1,7 +1,5 @@
-"""Are the inputs of a run there? Looked at before anything is written or a GPU is taken. No torch.
-
-In: the configuration. Called by the launchers, and by `phi3v train` on the first rank before the ranks meet
-and on all of them then.
+"""Do the inputs of a run exist? Checked by launchers and by `phi3v train` before anything is written. No
+torch.
 """
 
 from __future__ import annotations
@@ -15,7 +13,10 @@ from shards.format.dataset import read_dataset_info
 
 
 def load_run(path: str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration, its inputs checked. Raises BadInputError as `load_config` and `check_inputs`."""
+    """The configuration in the file `path` with overrides, its inputs checked.
+
+    Raises BadInputError as `load_config` and `check_inputs` do.
+    """
     config = load_config(path, overrides)
     check_inputs(config)
     return config

@@ -6,13 +6,19 @@ from pathlib import Path
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-DATA = "plan"  # the plan and what it is made from; made again where it is missing
-METRICS, STEP = "metrics.jsonl", "train/global_step"  # STEP: in each of its lines, the optimizer step
+LOGS = "logs"
+DATA = "plan"
+"""The plan and what it is made from; made again where it is missing."""
+METRICS = "metrics.jsonl"
+STEP = "train/global_step"
+"""The key of the optimizer step in every line of METRICS."""
 STARTS = "starts.jsonl"
 RUN_ID = "wandb_id"
-EVALUATIONS, BEST_FILE = "eval", "best.json"  # BEST_FILE: in EVALUATIONS, the best of them
-# In the directory of each evaluation; PREDICTIONS_TABLE: the answers with small images.
+EVALUATIONS = "eval"
+BEST_FILE = "best.json"
+"""In EVALUATIONS: the best evaluation so far."""
 SCORES, PREDICTIONS, PREDICTIONS_TABLE = "scores.json", "predictions.jsonl", "predictions.parquet"
+"""In the directory of each evaluation; PREDICTIONS_TABLE: the answers with small images."""
 
 
 def evaluation_dir(run_dir: Path, step: int) -> Path:

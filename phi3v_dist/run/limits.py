@@ -1,7 +1,6 @@
-"""What cannot work is refused before a weight is loaded: shapes, ranks, places, memory.
+"""Configurations that cannot work are refused before weights are loaded: shapes, ranks, paths, memory.
 
-In: the run's configuration, the model's, the number of ranks and a GPU's memory where it is known. Called by
-the train loop before it builds anything and by `phi3v estimate`.
+In: the configurations of the run and of the model, the number of ranks, a GPU's memory where it is known.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from phi3v_dist.model.configuration import Phi3VConfig
 from shards.common.errors import BadInputError
 
 
-def check_limits(config: RunConfig, model: Phi3VConfig, ranks: int, gpu_bytes: int | None) -> None:
-    """Raises BadInputError, naming the key to change: a row longer than the model's positions, parallel.sp
-    that does not divide the heads or the ranks, a configuration that cannot fit into gpu_bytes.
+def check_limits(config: RunConfig, model: Phi3VConfig, ranks: int, *, gpu_bytes: int | None) -> None:
+    """gpu_bytes: memory of one GPU, None where it is not known (then memory is not checked).
+
+    Raises BadInputError, naming the key to change: a row longer than the model's positions, parallel.sp that
+    does not divide the heads or the ranks, a configuration that does not fit into gpu_bytes.
     """
     check_shapes(config, model, ranks)
     if gpu_bytes is None:
@@ -33,7 +34,7 @@ def check_limits(config: RunConfig, model: Phi3VConfig, ranks: int, gpu_bytes: i
 
 
 def check_shapes(config: RunConfig, model: Phi3VConfig, ranks: int) -> None:
-    """The part of `check_limits` that asks for no memory."""
+    """The part of `check_limits` that does not look at memory. Raises BadInputError."""
     sp = config.parallel.sp
     if config.data.seq_len > model.max_position_embeddings:
         raise BadInputError(
@@ -53,7 +54,7 @@ def check_shapes(config: RunConfig, model: Phi3VConfig, ranks: int) -> None:
 
 
 def check_offload_path(config: RunConfig) -> None:
-    """Raises BadInputError if parallel.offload_path is given and nothing can be written there."""
+    """Raises BadInputError if parallel.offload_path is set and this process cannot write there."""
     path = config.parallel.offload_path
     if path is None:
         return

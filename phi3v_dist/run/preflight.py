@@ -1,8 +1,6 @@
-"""Looked at before weights are loaded: are all ranks about to run the same thing, and is there room for what
-they will write?
+"""Checked before weights are loaded: do all ranks run the same thing, and has the disk room for checkpoints?
 
-In: the configuration, the mesh, what each rank sees. Out: nothing, or BadInputError on every rank. Called by
-the train loop.
+In: the configuration, the mesh, what each rank sees. Out: nothing, or BadInputError on every rank.
 """
 
 from __future__ import annotations
@@ -21,20 +19,21 @@ from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.run.provenance import versions
 from shards.common.errors import BadInputError
 
-# Staged shards lie where each node has room; the fingerprint holds their content.
+# Staged shards lie where each node has room; the fingerprint guards their content.
 _PER_NODE = ("data.path", "data.sources", "data.cache_dir")
 
 
 def check_same_everywhere(config: RunConfig, fingerprint: str, mesh: Mesh) -> None:
-    """Raises BadInputError on every rank, naming rank, host and difference, if any rank has another config,
-    other code, other versions or other data than rank 0.
+    """Compares the configuration, code, versions and data of all ranks with those of rank 0.
+
+    Raises BadInputError on every rank, naming the first rank that differs, its host and the differences.
     """
     ours = _identity(config, fingerprint)
     digest = hashlib.sha256(repr(sorted(ours.items())).encode()).hexdigest()
     digests = mesh.gather(digest)
     if len(set(digests)) == 1:
         return
-    everyone = mesh.gather((socket.gethostname(), ours))  # only now: it is long
+    everyone = mesh.gather((socket.gethostname(), ours))  # only on a difference: it is long
     other = next(rank for rank, each in enumerate(digests) if each != digests[0])
     host, theirs = everyone[other]
     first = everyone[0][1]
@@ -55,7 +54,7 @@ def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Of the sources of this program, as far as training uses them."""
+    """Hex digest of the source files of phi3v_dist and shards: 16 characters."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for file in sorted(
@@ -65,9 +64,10 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def check_room(config: RunConfig, model: Phi3VConfig, run_dir: Path, resuming: bool) -> None:
-    """Raises BadInputError unless the disk of `run_dir` has room for the checkpoints to come: two for a new
-    run (one, and the next beside it), one more for a run that has some already.
+def check_room(config: RunConfig, model: Phi3VConfig, run_dir: Path, *, resuming: bool) -> None:
+    """Raises BadInputError unless the disk of `run_dir` has room for the checkpoints to come.
+
+    A new run needs room for two (one, and the next beside it), a run that has some for one more.
     """
     size = checkpoint_bytes(config, model)
     needed = size * (1 if resuming else 2)
@@ -75,15 +75,15 @@ def check_room(config: RunConfig, model: Phi3VConfig, run_dir: Path, resuming: b
     if free < needed:
         raise BadInputError(
             f"{run_dir}: {free / 1e9:.2f} GB are free, {needed / 1e9:.2f} GB are needed for "
-            f"{'the next checkpoint' if resuming else 'two checkpoints'} of {size / 1e9:.2f} GB; make "
-            "room, or choose another runs_dir"
+            f"{'the next checkpoint' if resuming else 'two checkpoints'} of {size / 1e9:.2f} GB; make room, "
+            "or choose another runs_dir"
         )
 
 
 def checkpoint_bytes(config: RunConfig, model: Phi3VConfig) -> int:
-    """Size of a checkpoint: float32 weights and two moments of what learns, and what is frozen if it is
-    less.
+    """Bytes of a checkpoint: float32 weights and two moments of what learns, and the frozen weights if they
+    are fewer than those that learn.
     """
-    learning, still = (sum(map(math.prod, each.values())) for each in shapes_of(config.model, model))
+    learning, frozen = (sum(map(math.prod, each.values())) for each in shapes_of(config.model, model))
     width = 2 if config.model.dtype == "bfloat16" else 4
-    return learning * 12 + (still * width if still <= learning else 0)
+    return learning * 12 + (frozen * width if frozen <= learning else 0)

@@ -1,7 +1,6 @@
 """What made a run: code, data, configuration, versions, the job. For checkpoints, W&B and exported models.
 
-In: the configuration, the data's fingerprint. Out: a dict of plain values without secrets. Called by the
-train loop and `preflight`.
+In: the configuration, the fingerprint of the data. Out: a dict of plain values without secrets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Which parameters learn, how fast, and when: frozen groups, adapters, parameter groups, the learning-rate
-schedule. Names and arithmetic.
-
-Called by the train loop, and by what works out its memory.
-"""
+"""Parameter groups of the optimizer and the learning-rate schedule. Names and arithmetic."""
 
 from __future__ import annotations
 
@@ -13,30 +9,33 @@ from typing import Any
 import torch
 
 from phi3v_dist.config import Group, TrainConfig
+from phi3v_dist.engine.shape import full_shape
 from phi3v_dist.model.groups import group_of
+
+_VECTORS = " vectors"
 
 
 def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups of the parameters that learn: by group and, within it, with and without weight decay.
+    """The optimizer's groups of the parameters that learn: by group and, within it, with and without weight
+    decay.
 
     Vectors (norms, biases, separators) are not decayed. Each group has "name" and "lr_scale" for the
-    schedule.
+    schedule, and "lr" and "weight_decay" as torch's optimizers read them.
     """
     found: dict[tuple[Group, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
-            matrix = sum(side > 1 for side in shape) > 1
-            found.setdefault((group_of(name), matrix), []).append(parameter)
+            is_matrix = sum(side > 1 for side in full_shape(parameter)) > 1
+            found.setdefault((group_of(name), is_matrix), []).append(parameter)
     return [
         {
             "params": parameters,
-            "name": f"{group}{'' if matrix else ' vectors'}",
+            "name": f"{group}{'' if is_matrix else _VECTORS}",
             "lr_scale": config.lr_scale.get(group, 1.0),
             "lr": config.lr * config.lr_scale.get(group, 1.0),
-            "weight_decay": config.weight_decay if matrix else 0.0,
+            "weight_decay": config.weight_decay if is_matrix else 0.0,
         }
-        for (group, matrix), parameters in sorted(found.items(), key=lambda item: item[0])
+        for (group, is_matrix), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
 
 
@@ -55,8 +54,6 @@ def set_learning_rate(groups: Sequence[dict[str, Any]], rate: float) -> None:
         group["lr"] = rate * group["lr_scale"]
 
 
-def group_rates(engine: Any) -> dict[str, float]:
-    """The learning rate of each group (vision, projector, decoder) of a DeepSpeed engine that learns."""
-    return {
-        str(group["name"]).removesuffix(" vectors"): group["lr"] for group in engine.optimizer.param_groups
-    }
+def group_rates(groups: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The learning rate of each group (vision, projector, decoder) that learns."""
+    return {str(group["name"]).removesuffix(_VECTORS): group["lr"] for group in groups}

@@ -27,7 +27,7 @@ from phi3v_dist.data.reader import SampleReader
 from phi3v_dist.data.samples import read_samples
 from phi3v_dist.data.tokens import Counter, images_that_fit, sample_costs, truncated_costs
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
-from phi3v_dist.train.quarantine import allowed
+from phi3v_dist.train.guards import allowed_bad_samples as allowed
 from shards.build import BuildOptions, build
 from shards.common.errors import BadInputError
 from shards.format.index import read_index

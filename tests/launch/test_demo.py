@@ -64,7 +64,7 @@ def test_a_killed_demo_goes_on_and_a_finished_one_says_so(tmp_path: Path) -> Non
     assert not (run_dir / "summary.json").exists()
 
     output = finish(start(tmp_path))
-    assert "going on from" in output
+    assert "resuming from" in output
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     for name in ("baseline", "before", "after", "after_shuffled_images"):
         assert {"price_mae", "price_parse_rate", "category_accuracy", "title_accuracy"} <= summary[

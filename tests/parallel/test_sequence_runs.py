@@ -23,7 +23,7 @@ def test_sp_1_then_2_then_1_draws_one_curve(tiny_config: Path) -> None:
         shutil.rmtree(checkpoints / f"step-{step:06d}")
     features = ["parallel.tile_mlp=64", "parallel.offload_checkpoints=true", "parallel.offload_optimizer=cpu"]
     output = run_ranks(tiny_config, 2, *every, "parallel.sp=2", *features)
-    assert "going on from" in output and "step-000002" in output
+    assert "resuming from" in output and "step-000002" in output
     for key, values in straight.items():
         assert logged(run_dir, key) == pytest.approx(values, rel=1e-5), key
 

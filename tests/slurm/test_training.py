@@ -86,7 +86,7 @@ def test_two_nodes_of_two_train_are_stopped_and_finish_as_one_run(
     assert steps(run_dir) == list(range(1, 41)), "every step once"
     assert len(wandb_ids(run_dir)) == 1, "the same W&B run before and after"
     log = cluster.output(job)
-    assert "4 ranks" in log and "going on from" in log and "start 2:" in log
+    assert "4 ranks" in log and "resuming from" in log and "start 2:" in log
     assert sorted(path.name for path in (run_dir / "logs").iterdir()) == [
         f"rank-{rank}.log" for rank in range(4)
     ]
@@ -119,7 +119,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_finishes(
         cluster.restart_node(victim)
     done = steps(run_dir)
     assert done[-1] == 120 and set(done) == set(range(1, 121))
-    assert "going on from" in cluster.output(job)
+    assert "resuming from" in cluster.output(job)
 
 
 def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
@@ -145,7 +145,7 @@ def test_submitit_preempted_goes_on_with_the_code_it_was_submitted_with(
         assert launcher.wait(240) == 0, explain()
     assert steps(run_dir) == list(range(1, 61))
     assert [path.name for path in (run_dir / "code").glob("*/launch/slurm.py")] == ["slurm.py"]
-    assert "going on from" in said()
+    assert "resuming from" in said()
 
 
 def test_one_run_of_a_sweep_is_stopped_and_goes_on_alone(

@@ -83,8 +83,8 @@ def install(fault: str, config: str) -> None:
     if what == "stall":
         start = Feed.__init__
 
-        def stuck(self: Feed, rows: Any, *rest: Any) -> None:
-            start(self, stalling(rows), *rest)
+        def stuck(self: Feed, rows: Any, *rest: Any, **named: Any) -> None:
+            start(self, stalling(rows), *rest, **named)
 
         def stalling(rows: Any) -> Any:
             for number, row in enumerate(rows):

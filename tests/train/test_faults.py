@@ -136,9 +136,9 @@ def test_ranks_that_die_sleep_or_stall_lose_nothing(tiny_config: Path, straight:
         process.send_signal(signal.SIGTERM)
     finally:
         code, output = finish(process, 60)
-    assert recorded_exit(job.run_dir, job.began) == PREEMPTED and "broken off, data did not come" in output
+    assert recorded_exit(job.run_dir, job.began) == PREEMPTED and "not completed, data did not come" in output
     assert not job.left()
-    assert "going on from" in job.run(2, "nan:0:2")[1]
+    assert "resuming from" in job.run(2, "nan:0:2")[1]
     assert same(job.weights(6), straight.weights(6)) and job.losses() == straight.losses()
 
 
@@ -174,7 +174,7 @@ def test_a_signal_anywhere_ends_with_a_checkpoint_after_a_step_at_most(tiny_conf
     assert code == PREEMPTED, output[-3000:]
     newest = checkpoint.newest(job.run_dir / "checkpoints")
     assert newest is not None and checkpoint.step_of(newest) in (2, 3, 4)
-    assert ("evaluation broken off" in output) == (place == "evaluation")
+    assert ("evaluation interrupted" in output) == (place == "evaluation")
     assert f"stopped by a signal after step {checkpoint.step_of(newest)} of 40" in output
 
 

@@ -132,7 +132,7 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
     # from step 3 again: bit for bit the same, and no line of metrics is missing or double
     shutil.rmtree(checkpoints / "step-000006")
     (run_dir / "metrics.jsonl").open("a").write('{"train/global_step": 7, "tr')
-    assert "going on from" in run_ranks(tiny_config, 2)
+    assert "resuming from" in run_ranks(tiny_config, 2)
     again = weights(checkpoints / "step-000006")
     assert all(torch.equal(again[name], straight[name]) for name in straight)
     assert logged(run_dir, "train/loss") == ours
@@ -175,7 +175,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
     assert max(logged(run_dir, "train/loss")) == step
 
     output = run_ranks(tiny_config, 2, f"train.steps={step + 2}", "track.mode=offline")
-    assert f"going on from {newest}" in output
+    assert f"resuming from {newest}" in output
     assert list(logged(run_dir, "train/loss")) == list(range(1, step + 3))
     lines = read_metrics(run_dir / "metrics.jsonl")
     assert [line["train/global_step"] for line in lines] == list(range(1, step + 3))
