@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 
 from phi3v_dist.config import DataConfig
+from phi3v_dist.data.local_copy import fetch_file
 from shards.common.errors import BadInputError
 from shards.common.files import partial_path
 from shards.format.dataset import DATASET_JSON, INDEX_DIR, files_in, read_dataset_info
@@ -52,13 +52,7 @@ def stage_dataset(source: str, directory: Path) -> Path:
         place, size = target / name, sizes[name]
         if place.exists() and (size is None or place.stat().st_size == size):
             return
-        partial = partial_path(place)
-        fs.get_file(f"{root.rstrip('/')}/{name}", str(partial))
-        if size is not None and partial.stat().st_size != size:
-            raise BadInputError(
-                f"{source}/{name}: {partial.stat().st_size} bytes, {DATASET_JSON} says {size}"
-            )
-        os.replace(partial, place)
+        fetch_file(fs, f"{root.rstrip('/')}/{name}", place, partial=partial_path(place), size=size)
 
     try:
         (target / INDEX_DIR).mkdir(parents=True, exist_ok=True)

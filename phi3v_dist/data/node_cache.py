@@ -1,31 +1,31 @@
-"""Shards on a disk of the node, fetched whole in the background while their first samples are read from afar.
+"""Copies of shards on a disk of the node, fetched in the background while the first samples of a shard are
+still read from its store.
 
-In: a directory shared by all processes of the node, and a limit in bytes. Out: paths of whole, verified
-copies. A copy is named after its content (sha256 of dataset.json), so one of another version is never taken
-for it; it appears by rename; the least recently used ones go when room is needed. Called by `reader`.
+In: a directory shared by all processes of the node, and a limit in bytes. Out: paths of complete, verified
+copies. The name of a copy holds its sha256 from dataset.json, so a copy of another version is never used. The
+least recently used copies are deleted when room is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi3v_dist.data.local_copy import fetch_file
+from shards.common.errors import BadInputError
+from shards.common.locks import LockTimeoutError, locked
 from shards.format.dataset import ShardInfo
 
-_BLOCK = 1 << 22
-_AT_ONCE = 2  # fetches of one process
-_TOUCH_S = 60.0  # a copy in use says so no more often than this
-_ABANDONED_S = 3600.0  # a partial copy that nobody has written to for so long
+_AT_ONCE = 2  # fetches of one process at a time
+_TOUCH_S = 60.0  # the time of last use of a copy is updated at most this often
+_ABANDONED_S = 3600.0  # a partial copy without a write for this long is deleted
 _log = logging.getLogger(__name__)
 
 
@@ -50,7 +50,7 @@ class NodeCache:
         self.wrong: dict[str, str] = {}  # copies whose content is not what dataset.json says, and why
 
     def path(self, fs: Any, source: str, shard: ShardInfo) -> Path | None:
-        """The copy of a shard; None while there is none: then one is being fetched, if it can be kept."""
+        """The copy of a shard; None while there is none, and then a fetch is started if the copy can be kept."""
         name = copy_name(shard)
         copy = self._directory / name
         now = time.monotonic()
@@ -70,40 +70,35 @@ class NodeCache:
         return None
 
     def close(self) -> None:
-        """Ends fetches that have not begun; waits for those that have."""
+        """Cancels fetches that have not begun; waits for those that have."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def _fetch(self, fs: Any, source: str, shard: ShardInfo, copy: Path) -> None:
         try:
-            with _alone(self._directory / f".{copy.name}.lock", wait=False) as mine:
-                if not mine or copy.exists():
-                    return  # another process fetches it, or just has
+            with locked(self._directory / f".{copy.name}.lock", timeout_s=0):
+                if copy.exists():
+                    return  # another process has just fetched it
                 partial = self._directory / f".{copy.name}.partial"
                 if not self._make_room(partial, shard.bytes):
                     return
                 try:
-                    digest = hashlib.sha256()
-                    with fs.open(source, "rb") as stream, partial.open("r+b") as out:
-                        while block := stream.read(_BLOCK):
-                            digest.update(block)
-                            out.write(block)
-                        whole = out.tell() == shard.bytes
-                    if not whole or digest.hexdigest() != shard.sha256:
-                        self.wrong[copy.name] = (
-                            f"{shard.name}: its content is not that of {shard.sha256[:12]} in dataset.json; "
-                            "it was replaced by another version or is damaged"
-                        )
-                        return
-                    os.replace(partial, copy)
+                    fetch_file(fs, source, copy, partial=partial, size=shard.bytes, sha256=shard.sha256)
+                except BadInputError:
+                    self.wrong[copy.name] = (
+                        f"{shard.name}: its content is not that of {shard.sha256[:12]} in dataset.json; "
+                        "it was replaced by another version or is damaged"
+                    )
                 finally:
                     partial.unlink(missing_ok=True)
-        except Exception as error:  # of any store; samples are still read from afar
+        except LockTimeoutError:
+            pass  # another process is fetching it
+        except Exception as error:  # stores raise many types; samples are still read from the store
             _log.warning("%s: no copy on this node (%s)", source, error)
 
     def _make_room(self, partial: Path, size: int) -> bool:
-        """Deletes copies until `size` more bytes fit, and takes that room with an empty file of that size."""
-        with _alone(self._directory / ".room.lock", wait=True):
+        """Deletes copies until `size` more bytes fit, and reserves them with a sparse file of that size."""
+        with locked(self._directory / ".room.lock"):
             partial.unlink(missing_ok=True)
             copies = []
             total = 0
@@ -118,7 +113,7 @@ class NodeCache:
                 if total + size <= self._limit:
                     break
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)  # a process that has it open goes on reading it
+                    os.unlink(path)  # a process that has it open can still read it
                 total -= freed
             if total + size > self._limit:
                 return False
@@ -128,20 +123,5 @@ class NodeCache:
 
 
 def copy_name(shard: ShardInfo) -> str:
-    """The name of a copy: equal names, equal content."""
+    """The name of a copy; equal names mean equal content."""
     return f"{shard.sha256[:24]}-{shard.bytes}.tar"
-
-
-@contextlib.contextmanager
-def _alone(lock: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock file to itself until the end of the context."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
