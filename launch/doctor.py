@@ -284,7 +284,7 @@ def memory(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Findin
     if gpu_bytes is None:
         yield Finding("green", "memory", f"{found}; no GPU here to compare with")
     elif needed.total > gpu_bytes:
-        changes = "; ".join(advice(config, model, ranks, gpu_bytes))
+        changes = "; ".join(advice(config, model, ranks, gpu_bytes=gpu_bytes))
         yield Finding("red", "memory", f"{found}, the GPU has {gpu_bytes / GB:.0f}", changes)
     else:
         yield Finding("green", "memory", f"{found}, the GPU has {gpu_bytes / GB:.0f}")

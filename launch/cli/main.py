@@ -153,18 +153,22 @@ def estimate(
 
     model = model_config_of(run)
     if scaling:
-        from phi3v_dist.budget import scaling as paper
-        from shards.common.files import write_atomically
+        from phi3v_dist.budget.scaling import cluster, describe_scaling, step_times
 
         check_shapes(run, model, run.parallel.sp)
-        nodes = paper.cluster(gpu, efficiency, nvlink, network)
-        print("\n".join(paper.describe_scaling(run, model, nodes)))
+        nodes = cluster(gpu, efficiency=efficiency, inside=nvlink, across=network)
+        text = "\n".join(describe_scaling(run, model, nodes))
+        print(text)
         if plot is not None:
-            write_atomically(plot, paper.plot(run, model, nodes).encode())
+            from phi3v_dist.tracking.report.scaling import scaling_page
+            from shards.common.files import write_atomically
+
+            page = scaling_page(run.name, list(step_times(run, model, nodes)), text)
+            write_atomically(plot, page.encode())
             print(f"wrote {plot}")
         return
     check_shapes(run, model, gpus)
-    print("\n".join(describe(run, model, gpus, int(gpu_memory * 1e9))))
+    print("\n".join(describe(run, model, gpus, gpu_bytes=int(gpu_memory * 1e9))))
 
 
 @app.command()

@@ -410,7 +410,7 @@ class Window:
             "train/images_seen": progress.images,
             "perf/tokens_per_second": speed,
             "perf/tokens_per_second_per_gpu": speed / mesh.size,
-            **utilisation(self.flops, max(1e-9, self.busy), mesh.size, self.peak_tflops),
+            **utilisation(self.flops, max(1e-9, self.busy), mesh.size, peak=self.peak_tflops),
             "time/step": self.busy / max(1, self.steps),
             "time/data_wait": self.waited / max(1, self.steps),
             "time/checkpoint": self.saved_in,
