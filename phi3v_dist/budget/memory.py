@@ -2,10 +2,10 @@
 
 In: the model's config, the run's settings, a number of GPUs. Out: bytes per component. Sizes follow from the
 shapes of this implementation: ZeRO-3 slices, checkpointing per decoder layer, tiles, chunks, sequence
-parallelism, offload. Of work that is not done at the same time (the backward pass of a decoder layer, the loss
-head, the vision tower, the optimizer step) only the largest counts. Pure arithmetic. `phi3v estimate` prints
-it, a run that does not fit is refused by it, and benchmarks/long_context.py compares it with resident memory
-on a CPU.
+parallelism, offload. Of work that is not done at the same time (the backward pass of a decoder layer, the
+loss head, the vision tower, the optimizer step) only the largest counts. Pure arithmetic. `phi3v estimate`
+prints it, a run that does not fit is refused by it, and benchmarks/long_context.py compares it with resident
+memory on a CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RESERVE = 3 * 2**30  # CUDA context, NCCL buffers, fragmentation
 
 @dataclass(frozen=True)
 class Component:
-    """gpu, host: bytes on one GPU, and on the host for this GPU. phase: when they are needed, "" for always."""
+    """gpu, host: bytes on one GPU, and on the host for it. phase: when they are needed, "" for always."""
 
     name: str
     gpu: int
@@ -128,26 +128,29 @@ def estimate(
     sizes = sizes_of(config, model)
     held, learning = -(-sizes.total // gpus), -(-sizes.learning // gpus)
     positions = -(-config.data.seq_len // parallel.sp)
-    offload_optimizer = parallel.offload_optimizer != "none"
-    to_disk = parallel.offload_optimizer == "nvme"
-    offload_params = parallel.offload_params == "cpu"
-    gathers = gpus > 1 or offload_params
+    on_host, on_disk = parallel.offload_optimizer != "none", parallel.offload_optimizer == "nvme"
+    params_on_host = parallel.offload_params == "cpu"
+    gathers = gpus > 1 or params_on_host
+    gradients = Component("gradients", learning * 4)
+    optimizer = Component("optimizer", learning * 12)
+    if on_host:
+        gradients = Component("gradients", 0, learning * (4 if on_disk else 8))
+        optimizer = Component("optimizer", 0, 0 if on_disk else learning * 12)
+    supervised = config.data.seq_len // 8 if targets is None else targets
     found = [
-        Component("weights", 0 if offload_params else held * size, held * size if offload_params else 0),
+        Component("weights", 0 if params_on_host else held * size, held * size if params_on_host else 0),
         Component("weights gathered", _gathered(sizes, size) if gathers else 0),
-        Component(
-            "gradients", 0 if offload_optimizer else learning * 4, learning * (4 if to_disk else 8) if offload_optimizer else 0
-        ),
-        Component("optimizer", 0 if offload_optimizer else learning * 12, 0 if to_disk or not offload_optimizer else learning * 12),
+        gradients,
+        optimizer,
         Component("communication buffers", _buffers(sizes, size)),
         *_layers(config, model, positions, size=size, cuda=cuda),
-        _loss_head(
-            model, positions, config.data.seq_len // 8 if targets is None else targets, size=size
-        ), *_vision(config, model, images or fullest_row(config, model), size=size), # torch's AdamW and the
-        copy of the gradients work on one DeepSpeed sub-group at a time Component("optimizer at work", 0 if
-        offload_optimizer else 12 * min(learning, _SUB_GROUP), phase="step"), Component("reserve", reserve),
+        _loss_head(model, positions, supervised, size=size),
+        *_vision(config, model, images or fullest_row(config, model), size=size),
+        # torch's AdamW and the copy of the gradients work on one DeepSpeed sub-group at a time
+        Component("optimizer at work", 0 if on_host else 12 * min(learning, _SUB_GROUP), phase="step"),
+        Component("reserve", reserve),
     ]
-    return Estimate(tuple(found), learning * 16 if to_disk else 0)
+    return Estimate(tuple(found), learning * 16 if on_disk else 0)
 
 
 def _gathered(sizes: Sizes, size: int) -> int:
@@ -224,9 +227,7 @@ def head_chunk(targets: int, model: Phi3VConfig) -> int:
     return min(targets, (1 << (share - 1).bit_length()) // 2)
 
 
-def _vision(
-    config: RunConfig, model: Phi3VConfig, images: tuple[int, int], *, size: int
-) -> list[Component]:
+def _vision(config: RunConfig, model: Phi3VConfig, images: tuple[int, int], *, size: int) -> list[Component]:
     """The images themselves, and the vision tower: a chunk of views in backward with its layer inputs;
     without checkpointing all activations of all views. images: (images, views) of a row.
     """
@@ -330,8 +331,7 @@ def describe(config: RunConfig, model: Phi3VConfig, gpus: int, *, gpu_bytes: int
 
 
 def _work(config: RunConfig, model: Phi3VConfig) -> str:
-    """A line about the FLOPs of a step whose rows are one document each (the most FLOPs), half of it images.
-    """
+    """A line about the FLOPs of a step whose rows are one document each (the most FLOPs), half of it images."""
     rows, length = config.train.global_batch, config.data.seq_len
     _, views = fullest_row(config, model)
     flops = row_flops(config, model, RowShape([length], views=views // 2, targets=length // 8))
