@@ -331,7 +331,7 @@ def describe(config: RunConfig, model: Phi3VConfig, gpus: int, *, gpu_bytes: int
 
 
 def _work(config: RunConfig, model: Phi3VConfig) -> str:
-    """A line about the FLOPs of a step whose rows are one document each (the most FLOPs), half of it images."""
+    """A line about the FLOPs of a step whose rows are one document each (the most), half of it images."""
     rows, length = config.train.global_batch, config.data.seq_len
     _, views = fullest_row(config, model)
     flops = row_flops(config, model, RowShape([length], views=views // 2, targets=length // 8))
