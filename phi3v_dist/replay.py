@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Replayed:
-    """keys: of the samples, in the order of the row. loaded: the row as in training. maker: what loaded it."""
+    """keys: of the samples, in the order of the row. loaded: the row. maker: what loaded it."""
 
     place: Place
     keys: tuple[str, ...]

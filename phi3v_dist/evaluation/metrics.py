@@ -137,7 +137,7 @@ def exact_match(truth: str, answer: str) -> dict[str, float | None]:
 
 
 def anls(truth: str, answer: str) -> dict[str, float | None]:
-    """anls: normalised Levenshtein similarity, 0 below a half (the metric of document VQA, arXiv:1907.00490)."""
+    """anls: normalised Levenshtein similarity, 0 below a half (metric of document VQA, arXiv:1907.00490)."""
     similarity = Levenshtein.normalized_similarity(truth.strip().lower(), answer.strip().lower())
     return {"anls": similarity if similarity >= 0.5 else 0.0}
 
