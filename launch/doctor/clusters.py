@@ -26,7 +26,9 @@ def slurm_cluster() -> Iterator[Finding]:
 
 
 def kubernetes_cluster() -> Iterator[Finding]:
-    """kubectl reaches a cluster with the training operator (v1) or the Trainer (v2) where this user may create jobs."""
+    """kubectl reaches a cluster with the training operator (v1) or the Trainer (v2) where this user may
+    create jobs.
+    """
     if shutil.which("kubectl") is None:
         yield Finding("red", "Kubernetes", "no kubectl on the PATH", "install it")
         return
