@@ -76,8 +76,8 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
         )
         if result.code in (DONE, USAGE, PREEMPTED, DIVERGED):
             attempts.forget()
-        # After a stop signal this node leaves. If it received none, yet rank 0 recorded 3, another pod was stopped:
-        # wait for its replacement.
+        # After a stop signal this node leaves. If it received none, yet rank 0 recorded 3, another pod was
+        # stopped: wait for its replacement.
         if (
             result.stopped
             or result.code in (DONE, USAGE, DIVERGED)

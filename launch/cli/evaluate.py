@@ -77,11 +77,6 @@ def evaluate(
         from launch.local import launch_here
 
         raise SystemExit(launch_here(_without_processes(sys.argv[1:]), processes))
-    from phi3v_dist.checkpoint.restore import find_source
-    from phi3v_dist.evaluation.evaluate import EvalSettings, write_evaluation
-    from phi3v_dist.evaluation.evaluate import evaluate as evaluate_model
-    from phi3v_dist.parallel.mesh import open_mesh
-
     given: dict[str, Any] = {
         "split": split,
         "samples": samples,
@@ -94,7 +89,19 @@ def evaluate(
         "loss": loss,
         "weights": weights,
     }
-    settings = EvalSettings(**{name: value for name, value in given.items() if value is not None})
+    _evaluate(model, dataset, {name: value for name, value in given.items() if value is not None}, out=out)
+
+
+def _evaluate(model: str, dataset: str, given: dict[str, Any], *, out: Path | None) -> None:
+    """Evaluates on all ranks; rank 0 prints and writes the result. given: the settings that are not the
+    defaults.
+    """
+    from phi3v_dist.checkpoint.restore import find_source
+    from phi3v_dist.evaluation.evaluate import EvalSettings, write_evaluation
+    from phi3v_dist.evaluation.evaluate import evaluate as evaluate_model
+    from phi3v_dist.parallel.mesh import open_mesh
+
+    settings = EvalSettings(**given)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with open_mesh(3600.0) as mesh:
