@@ -1,5 +1,4 @@
-"""One rank of `phi3v doctor --bandwidth`: all-reduces 64 MB a few times; rank 0 writes the rate to the file
-named."""
+"""One rank of `phi3v doctor --bandwidth`: all-reduces 64 MB a few times; rank 0 writes the rate to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +13,9 @@ FLOATS, ROUNDS = 16 << 20, 5
 
 
 def main(result: Path) -> None:
-    """Writes "X GB/s": bus bandwidth, 2 (n - 1) / n of the bytes, as nccl-tests counts it."""
+    """Writes "X GB/s" to `result`: the bus bandwidth, 2 (n - 1) / n of the bytes, as nccl-tests defines
+    it.
+    """
     import torch
     import torch.distributed as dist
 

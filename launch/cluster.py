@@ -1,9 +1,10 @@
 """One node of a cluster job: `phi3v launch node CONFIG [key=value ...]`, started once per node by Slurm or as
 the first process of a pod.
 
-In: config, overrides, the scheduler's environment. Out: an exit code. It finds its place among the nodes,
-runs torchrun, and starts it again after a crash or when a lost peer has been replaced: only a node that was
-itself told to stop leaves. Starts without a new checkpoint are counted in the run directory and bounded.
+In: config, overrides, the scheduler's environment. Out: an exit code. It finds this node's place among the
+nodes, runs torchrun, and starts it again after a crash or when a lost peer has been replaced: only a node
+that received a stop signal itself leaves. Starts without a new checkpoint are counted in the run directory
+and limited.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,38 +40,44 @@ from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
 
 POD_RETRIED = 143
-"""What the training operator takes for a pod to be replaced: 128 + SIGTERM. Codes below 128 fail the job."""
+"""The exit code at which the training operator replaces the pod: 128 + SIGTERM. Codes below 128 fail the job.
+"""
 _FIRST_PORT, _PORTS = 20000, 10000
+"""A Slurm job's rendezvous port is the first plus the job's number modulo the count."""
 
 
 def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Mapping[str, str]) -> int:
-    """This node's part of the job; returns the exit code for the scheduler.
+    """Runs this node's part of the job; returns the exit code for the scheduler.
 
-    environment: of this process. Raises BadInputError: config not usable, no scheduler's variables, no GPUs.
+    environment: of this process. Raises BadInputError: config not usable, no scheduler's variables, no GPUs,
+    too many starts without a new checkpoint.
     """
     config = load_config(config_path, overrides)
     member = membership(environment)
     on_gpu = uses_gpus(environment)
     if on_gpu and (fault := gpu_fault(member.processes)):
         raise BadInputError(fault)
-    ranks = unset_here(rank_environment(member.processes, on_gpu, cores(), member.nodes))
+    ranks = unset_here(rank_environment(member.processes, on_gpu, cores(), nodes=member.nodes))
     grace_s = seconds(environment, "PHI3V_GRACE_S", GRACE_S)
     in_pod = "PET_NPROC_PER_NODE" in environment
     if stage_dir := environment.get("PHI3V_STAGE_DIR"):
         overrides = [*overrides, *stage_overrides(config.data, Path(stage_dir))]
     command = rank_command(config_path, overrides)
+    options = torchrun_options(member)
     attempts = Attempts(config.run_dir, member.node_rank)
-    told: list[int] = []
-    for (
-        each
-    ) in STOP_SIGNALS:  # between two runs of torchrun; while it runs, launch.torchrun.node passes them on
-        signal.signal(each, lambda signum, frame: told.append(signum))
+    stops: list[int] = []
+    # For signals between two runs of torchrun; while it runs, launch.torchrun.node forwards them.
+    for each in STOP_SIGNALS:
+        signal.signal(each, lambda signum, frame: stops.append(signum))
     while True:
         attempts.begin()
-        result = _run_until_joined(member, command, config.run_dir, ranks, grace_s, told)
+        result = _until_joined(
+            lambda: run_node(options, command, config.run_dir, environment=ranks, grace_s=grace_s), stops
+        )
         if result.code in (DONE, USAGE, PREEMPTED, DIVERGED):
             attempts.forget()
-        # Told to stop: leave. Not told, yet rank 0 recorded 3: another pod was; wait for its replacement.
+        # After a stop signal this node leaves. If it received none, yet rank 0 recorded 3, another pod was
+        # stopped: wait for its replacement.
         if (
             result.stopped
             or result.code in (DONE, USAGE, DIVERGED)
@@ -84,27 +91,29 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
 
 
 def seconds(environment: Mapping[str, str], name: str, default: float) -> float:
-    """The number of seconds in a variable. Raises BadInputError if it holds none."""
-    said = environment.get(name) or str(default)
+    """The seconds that a variable holds, else `default`. Raises BadInputError if it holds anything else."""
+    text = environment.get(name) or str(default)
     try:
-        found = float(said)
+        found = float(text)
     except ValueError:
         found = -1.0
     if not 0 <= found < math.inf:
-        raise BadInputError(f"{name}={said!r} is no number of seconds; set one such as {default:g}")
+        raise BadInputError(f"{name}={text!r} is not a number of seconds; set one such as {default:g}")
     return found
 
 
 def cpu_processes(environment: Mapping[str, str]) -> int:
-    """PHI3V_CPU_PROCESSES, 0 if it is not set. Raises BadInputError if it is no number."""
-    said = environment.get("PHI3V_CPU_PROCESSES") or "0"
-    if not said.isdecimal():
-        raise BadInputError(f"PHI3V_CPU_PROCESSES={said!r}; set it to the ranks on each node, such as 2")
-    return int(said)
+    """PHI3V_CPU_PROCESSES, 0 if it is not set. Raises BadInputError if it is not a number."""
+    text = environment.get("PHI3V_CPU_PROCESSES") or "0"
+    if not text.isdecimal():
+        raise BadInputError(f"PHI3V_CPU_PROCESSES={text!r}; set it to the ranks on each node, such as 2")
+    return int(text)
 
 
 def pod_exit_code(code: int) -> int:
-    """The code that makes the training operator do what `code` means: 3 replaces the pod, others end it."""
+    """The code that makes the training operator do what `code` means: 3 replaces the pod, others end the
+    job.
+    """
     return POD_RETRIED if code == PREEMPTED else code
 
 
@@ -127,23 +136,31 @@ def _pod_membership(environment: Mapping[str, str]) -> Membership:
     nodes = int(environment.get("PET_NNODES", "1").split(":")[-1])
     processes = cpu_processes(environment) or _pod_processes(environment["PET_NPROC_PER_NODE"])
     run_id = environment.get("PHI3V_RUN_ID") or host.removesuffix("-master-0") or "job"
-    # The Service of the first pod may point nowhere while that pod is new; the pod itself knows its address.
+    # While the first pod is new, its Service may not lead to it yet; the pod itself knows its address.
     address = environment.get("POD_IP")
     if node_rank == 0 and address:
         host = address
-    return Membership(nodes, node_rank, processes, host, int(port), run_id, address)
+    return Membership(
+        nodes=nodes,
+        node_rank=node_rank,
+        processes=processes,
+        host=host,
+        port=int(port),
+        run_id=run_id,
+        address=address,
+    )
 
 
-def _pod_processes(said: str) -> int:
-    """A number, or the words that operators pass on to torchrun: auto, gpu, cpu."""
-    if said.isdigit() and int(said) > 0:
-        return int(said)
-    if said not in ("auto", "gpu", "cpu"):
-        raise BadInputError(f"PET_NPROC_PER_NODE={said!r}; set nprocPerNode to the GPUs of a pod")
+def _pod_processes(text: str) -> int:
+    """Ranks of a pod. text: a number, or the words that operators pass to torchrun: auto, gpu, cpu."""
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    if text not in ("auto", "gpu", "cpu"):
+        raise BadInputError(f"PET_NPROC_PER_NODE={text!r}; set nprocPerNode to the GPUs of a pod")
     gpus = visible_gpus()
-    if said == "gpu" and not gpus:
+    if text == "gpu" and not gpus:
         raise BadInputError("PET_NPROC_PER_NODE=gpu, but this pod has no GPU; see resources.limits")
-    return gpus if gpus and said != "cpu" else cores()
+    return gpus if gpus and text != "cpu" else cores()
 
 
 def _slurm_membership(environment: Mapping[str, str]) -> Membership:
@@ -165,14 +182,22 @@ def _slurm_membership(environment: Mapping[str, str]) -> Membership:
     port = _FIRST_PORT + int(job) % _PORTS
     run_id = f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}"
     address = host if node_rank == 0 else _address_towards(host, port)
-    return Membership(nodes, node_rank, processes, host, port, run_id, address or None)
+    return Membership(
+        nodes=nodes,
+        node_rank=node_rank,
+        processes=processes,
+        host=host,
+        port=port,
+        run_id=run_id,
+        address=address or None,
+    )
 
 
 def _address_towards(host: str, port: int) -> str:
-    """This machine's address on the network through which it reaches `host`; "" if that is not known."""
+    """This machine's address on the network through which it reaches `host`; "" if it is not known."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, port))  # of a datagram socket: looks up the route, sends nothing
+            probe.connect((host, port))  # a datagram socket: looks up the route and sends nothing
             return str(probe.getsockname()[0])
     except OSError:
         return ""
@@ -180,9 +205,9 @@ def _address_towards(host: str, port: int) -> str:
 
 class Attempts:
     """RUN/attempts/node-N.json: how often this node has started since the newest checkpoint, over all its
-    lives.
+    processes.
 
-    Bounds crash loops that no scheduler sees as such: a pod that is out of memory is replaced for ever.
+    Limits crash loops that no scheduler recognizes: a pod that runs out of memory would be replaced for ever.
     """
 
     def __init__(self, run_dir: Path, node_rank: int, limit: int = MAX_STARTS) -> None:
@@ -190,7 +215,7 @@ class Attempts:
         self._file = run_dir / "attempts" / f"node-{node_rank}.json"
 
     def begin(self) -> None:
-        """Counts one more start. Raises BadInputError when there were too many without a new checkpoint."""
+        """Counts one more start. Raises BadInputError after too many without a new checkpoint."""
         checkpoint = newest_checkpoint(self._run_dir)
         count = self._count(checkpoint) + 1
         if count > self._limit:
@@ -203,7 +228,7 @@ class Attempts:
         write_atomically(self._file, json.dumps({"checkpoint": checkpoint, "count": count}).encode())
 
     def forget(self) -> None:
-        """A start that ended in order does not count."""
+        """Forgets the starts so far: the run ended in order."""
         self._file.unlink(missing_ok=True)
 
     def _count(self, checkpoint: str | None) -> int:
@@ -222,21 +247,16 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     return max(names, default=None, key=lambda name: int(name.removeprefix("step-")))
 
 
-def _run_until_joined(
-    member: Membership,
-    command: Sequence[str],
-    run_dir: Path,
-    ranks: Mapping[str, str],
-    grace_s: float,
-    told: Sequence[int],
-) -> NodeResult:
-    """Runs torchrun; tries again while the nodes do not find each other: the first node may not be there yet,
-    or the rendezvous may still be the one that a lost run has closed.
+def _until_joined(run: Callable[[], NodeResult], stops: Sequence[int]) -> NodeResult:
+    """Runs torchrun, again and again while the nodes do not find each other: the first node may not be there
+    yet, or the rendezvous may still be the one that a lost run has closed.
+
+    run: runs torchrun once. stops: stop signals that came meanwhile.
     """
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     pause_s = 1.0
-    while not told:
-        result = run_node(torchrun_options(member), command, run_dir, ranks, grace_s)
+    while not stops:
+        result = run()
         if result.stopped or result.code != NO_RENDEZVOUS:
             return result
         if time.monotonic() > deadline:

@@ -1,9 +1,8 @@
-"""Is this node fit to train? `phi3v launch check-node CONFIG`, one short look on every node before the ranks
-start.
+"""`phi3v launch check-node CONFIG`: a short check on every node, before the ranks start, that it can train.
 
 In: config, overrides, the scheduler's environment. Out: lines on standard output that slurm/train.sh reads
-(`run_dir PATH` and `refused` from the first node, `unhealthy NODE REASON`), and an exit code. No torch: it
-takes a second. Called by slurm/train.sh through the command line, and by launch.slurm.
+(`run_dir PATH` and `refused` from the first node, `unhealthy NODE REASON`), and an exit code. It does not
+import torch, so it takes about a second.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from pathlib import Path
 from launch.cluster import gpu_fault, membership, uses_gpus
 from launch.local import cores
 from phi3v_dist.config import RunConfig
-from phi3v_dist.exits import DONE, USAGE
+from phi3v_dist.exits import DONE, UNHEALTHY, USAGE
 from phi3v_dist.run.inputs import load_run
 from shards.common.errors import BadInputError
 
-UNHEALTHY = 5
-"""Exit code: config and job are fine, this node is not; run elsewhere."""
 MIN_SHM_BYTES = 1 << 30
-"""NCCL and data workers share memory through /dev/shm; with the 64 MB of a bare container they die of
+"""NCCL and data workers share memory through /dev/shm. With the 64 MB of a container's default they end with
 SIGBUS."""
 
 
 def check_node(config_path: str, overrides: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Prints what is wrong with the job (first node alone) or with this node; returns 0, 2 or UNHEALTHY."""
+    """Prints what is wrong with the job (only on the first node) or with this node; returns DONE, USAGE or
+    UNHEALTHY.
+    """
     is_first = environment.get("SLURM_NODEID", "0") == "0"
     try:
         config = load_run(config_path, overrides)
@@ -55,15 +54,15 @@ def check_node(config_path: str, overrides: Sequence[str], environment: Mapping[
 
 
 def node_name(environment: Mapping[str, str]) -> str:
-    """This node as Slurm calls it."""
+    """The name by which Slurm knows this node, else its host name."""
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def faults_here(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
-    """One line for each thing that keeps this node from training.
+    """One line for each fault of this node because of which it cannot train.
 
-    Raises BadInputError if nothing is wrong with the node but with the job: no GPUs were granted, or the
-    first node cannot write to the run directory, so that another in its place could not either.
+    Raises BadInputError for a fault of the job, which another node would not fix: no GPUs were granted, or
+    the first node cannot write to the run directory.
     """
     gpus = membership(environment).processes if uses_gpus(environment) else 0
     faults = []
@@ -81,7 +80,9 @@ def faults_here(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
 
 
 def command_fault(command: str, limit_s: float = 120.0) -> str | None:
-    """What a shell command says that fails, or does not end; None if all is well."""
+    """What a shell command prints if it fails, or that it did not end within `limit_s` seconds; None if it
+    succeeds.
+    """
     process = subprocess.Popen(
         ["bash", "-c", command],
         stdout=subprocess.PIPE,
@@ -91,28 +92,28 @@ def command_fault(command: str, limit_s: float = 120.0) -> str | None:
         start_new_session=True,
     )
     try:
-        said, _ = process.communicate(timeout=limit_s)
+        output, _ = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        # Not waited for: what hangs in a driver does not even end when it is killed.
+        # Not waited for: a process that hangs in a driver does not end even when it is killed.
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         return f"no answer within {limit_s:g} s"
-    return (" ".join(said.split()) or f"exit code {process.returncode}") if process.returncode else None
+    return (" ".join(output.split()) or f"exit code {process.returncode}") if process.returncode else None
 
 
 def few_cores(environment: Mapping[str, str]) -> str | None:
-    """One line if this node's ranks have less than a core each, else None."""
+    """One line if this node has fewer cores than ranks, else None."""
     processes = membership(environment).processes
     if cores() >= processes:
         return None
     return (
-        f"{processes} ranks share {cores()} core(s) on {node_name(environment)}, which is slow: Slurm gives "
-        "one core if it is not asked for more; submit with --exclusive or --cpus-per-task"
+        f"{processes} ranks share {cores()} core(s) on {node_name(environment)}, which is slow: Slurm grants "
+        "one core unless more are requested; submit with --exclusive or --cpus-per-task"
     )
 
 
 def unwritable(run_dir: Path) -> str | None:
-    """One line if no file can be written to the run directory, else None. Leaves nothing behind."""
+    """One line if no file can be written to the run directory, else None. Leaves no file behind."""
     probe = run_dir / f".probe-{uuid.uuid4().hex}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """`phi3v launch local`: the run of one config on this machine, on its GPUs or on CPU processes.
 
-In: config path, overrides, number of processes. Out: an exit code of phi3v_dist.exits. Nothing is left
-running, whichever way it ends. Called by the command line and the demo.
+In: config path, overrides, number of processes. Out: an exit code of phi3v_dist.exits. No process is left
+running, however the run ends.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from launch.description import (
     GRACE_S,
-    Membership,
     rank_command,
     rank_environment,
+    single_node,
     torchrun_options,
     unset_here,
 )
@@ -28,16 +28,17 @@ from phi3v_dist.run.inputs import load_run
 from shards.common.errors import BadInputError
 
 CPU_PROCESSES = 2
+"""Ranks of a run without GPUs where no number is given."""
 
 
 def launch_local(
-    config_path: str, overrides: Sequence[str], processes: int | None = None, debug: bool = False
+    config_path: str, overrides: Sequence[str], processes: int | None = None, *, debug: bool = False
 ) -> int:
     """Trains on this machine; returns the exit code.
 
-    processes: ranks to start; default one per visible GPU, else 2 on CPU (fewer on fewer cores). debug: one
-    process, no torchrun, standard input connected, so that `breakpoint()` works. Raises BadInputError: config
-    not usable, more processes than GPUs.
+    processes: ranks to start; default: one per visible GPU, else CPU_PROCESSES, at most one per core. debug:
+    one process without torchrun that keeps the standard input, so that `breakpoint()` works. Raises
+    BadInputError: config not usable, more processes than GPUs.
     """
     config = load_run(config_path, overrides)
     gpus = visible_gpus()
@@ -52,25 +53,28 @@ def launch_local(
     train = rank_command(config_path, overrides)
     if debug:
         return _run_in_foreground(train, environment)
-    options = torchrun_options(Membership(1, 0, count, "127.0.0.1", 0, "local"))
-    return run_node(options, train, config.run_dir, environment, GRACE_S).code
+    options = torchrun_options(single_node(count))
+    return run_node(options, train, config.run_dir, environment=environment, grace_s=GRACE_S).code
 
 
 def launch_here(arguments: Sequence[str], processes: int) -> int:
-    """Runs `phi3v ARGUMENTS` as `processes` ranks on this machine; returns the exit code of the first that
-    failed, else 0. Raises BadInputError for more processes than GPUs, if there are any.
+    """Runs `phi3v ARGUMENTS` as `processes` ranks on this machine; returns the exit code of the first rank
+    that failed, else 0. Raises BadInputError for more processes than GPUs, if there are GPUs.
     """
     gpus = visible_gpus()
     if gpus and processes > gpus:
         raise BadInputError(f"{processes} processes asked for, but {gpus} GPU(s) are visible")
-    options = torchrun_options(Membership(1, 0, processes, "127.0.0.1", 0, "local"))
+    options = torchrun_options(single_node(processes))
     environment = unset_here(rank_environment(processes, gpus > 0, cores()))
-    nowhere = Path(os.devnull)  # no run directory: the exit code is the ranks' own
-    return run_node(options, ["-m", "launch.torchrun.rank", *arguments], nowhere, environment, GRACE_S).code
+    command = ["-m", "launch.torchrun.rank", *arguments]
+    nowhere = Path(os.devnull)  # no run directory: the exit code is that of the ranks
+    return run_node(options, command, nowhere, environment=environment, grace_s=GRACE_S).code
 
 
 def visible_gpus() -> int:
-    """GPUs this process may use: those of CUDA_VISIBLE_DEVICES if set, else all that the driver lists."""
+    """Number of GPUs this process may use: those of CUDA_VISIBLE_DEVICES if set, else all that the driver
+    lists.
+    """
     try:
         listed = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True
@@ -85,12 +89,12 @@ def visible_gpus() -> int:
 
 
 def cores() -> int:
-    """CPU cores this process may run on."""
+    """Number of CPU cores this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def _run_in_foreground(command: Sequence[str], environment: dict[str, str]) -> int:
-    """One rank that shares this terminal. Ctrl-C reaches it directly; here it is only waited for."""
+    """Runs one rank in this terminal. Ctrl-C reaches the rank directly; this process only waits for it."""
     rank = {
         "RANK": "0",
         "LOCAL_RANK": "0",

@@ -1,16 +1,13 @@
-"""`phi3v launch slurm`: submits a run with submitit, one task a node, from a snapshot of the code.
+"""`phi3v launch slurm`: submits a run with submitit, one task per node, from a snapshot of the code.
 
-In: config, overrides, the job's size, sbatch options. Out: job ids, or with `wait` the exit code of the run.
-What a task does is launch.cluster's business, as under slurm/train.sh; requeueing is done here, after all
-ranks have saved: submitit's own way would save on rank 0 alone, inside a signal handler, while the others
-wait in a collective.
+In: config, overrides, the job's size, options of sbatch. Out: job ids, or with `wait` the exit code of the
+run. What a task does on its node is in launch.slurm_task.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -18,159 +15,55 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import launch
 import phi3v_dist
 import shards
-from launch import health
-from launch.cluster import run_cluster_node
-from launch.description import MAX_REQUEUES, STOP_LEAD_S, JobDescription, check_batch, job_name
-from launch.health import UNHEALTHY
+from launch.description import STOP_LEAD_S, JobDescription, JobSize, check_batch, describe_job
+from launch.slurm_task import NodeTask
 from phi3v_dist.config import load_config
-from phi3v_dist.exits import CRASHED, DONE, PREEMPTED, USAGE
+from phi3v_dist.exits import CRASHED, DONE
 from shards.common.errors import BadInputError
 
 POLL_S = 2.0
 JOBS = "slurm"
 """Folder of submitit's files in the run directory."""
+ONE_DAY = 24 * 60
+"""Default time limit in minutes."""
 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What sbatch is told besides the size. more: any other of its options, without dashes ("constraint":
-    "h100"). lead_s: seconds before the time limit at which the ranks are told to stop.
+    """What sbatch is told besides the size.
+
+    more: any other of its options, without dashes ("constraint": "h100"). lead_s: seconds before the time
+    limit at which the ranks are told to stop.
     """
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     lead_s: int = STOP_LEAD_S
-    max_requeues: int = MAX_REQUEUES
     more: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def placement(self) -> dict[str, str]:
+        """Partition, account and QOS as parameters of submitit, those that are set."""
+        every = {"partition": self.partition, "account": self.account, "qos": self.qos}
+        return {name: value for name, value in every.items() if value}
 
 
 DEFAULTS = SlurmOptions()
 
 
-@dataclass(frozen=True)
-class NodeTask:
-    """What submitit runs on each node; pickled, so it holds plain values only."""
-
-    config: str
-    overrides: tuple[str, ...]
-    max_requeues: int
-
-    def __call__(self) -> int:
-        """Runs this node's ranks; returns their exit code. Stopped ranks put the job back into the queue."""
-        environment = dict(os.environ)
-        environment["PHI3V_HEAD"] = head_address(environment)
-        try:
-            if faults := health.faults_here(load_config(self.config, self.overrides), environment):
-                node = health.node_name(environment)
-                print(f"phi3v: {node} is not healthy: {'; '.join(faults)}", file=sys.stderr, flush=True)
-                return self._again(UNHEALTHY, environment, node)
-            code = run_cluster_node(self.config, self.overrides, environment)
-        except BadInputError as error:
-            print(f"phi3v: {error}", file=sys.stderr, flush=True)
-            return _ended(USAGE)
-        return self._again(code, environment) if code == PREEMPTED else _ended(code)
-
-    def _again(self, code: int, environment: Mapping[str, str], avoid: str = "") -> int:
-        """The job goes back into the queue, without the node `avoid`; if it was cancelled or has been back
-        often enough it ends with `code`.
-        """
-        if cancelled(environment):
-            print("phi3v: cancelled; submit the same command to go on", file=sys.stderr, flush=True)
-            return _ended(code)
-        if int(environment.get("SLURM_RESTART_COUNT", "0")) >= self.max_requeues:
-            return _ended(code)
-        if avoid or environment.get("SLURM_NODEID") == "0":
-            _requeue(environment, avoid)
-        return _wait_for_the_end()
-
-
-def _requeue(environment: Mapping[str, str], avoid: str) -> None:
-    """Puts the job back into the queue. avoid: a node that it shall not get any more, "" for none."""
-    job = own_job(environment)
-    for each in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)  # Slurm ends this task now, and by force after KillWait
-    subprocess.run(["scontrol", "requeue", job], check=True)
-    if avoid:  # possible once the job is pending
-        known = _shown(job).get("ExcNodeList", "(null)")
-        nodes = avoid if known == "(null)" else f"{known},{avoid}"
-        subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"], check=False)
-
-
-def _wait_for_the_end() -> int:
-    """Until Slurm ends this task of a job that was requeued: its result would say that the run is over."""
-    for each in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_DFL)
-    time.sleep(120)
-    return PREEMPTED
-
-
-def _ended(code: int) -> int:
-    """`code` as the task's result. If it is not 0 the process ends with it here: to Slurm a function that
-    returns is a job that COMPLETED.
-    """
-    if code == DONE:
-        return code
-    from submitit import JobEnvironment
-    from submitit.core.utils import cloudpickle_dump, temporary_save_path
-
-    with temporary_save_path(JobEnvironment().paths.result_pickle) as file:
-        cloudpickle_dump(("success", code), file)
-    raise SystemExit(code)
-
-
-def own_job(environment: Mapping[str, str]) -> str:
-    """What scontrol calls this job. One task of an array has the number of the whole array as its own, and
-    by that number all of them would be requeued.
-    """
-    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else environment["SLURM_JOB_ID"]
-
-
-def cancelled(environment: Mapping[str, str]) -> bool:
-    """Whether this job was cancelled. Slurm calls a job that it ends COMPLETING, whatever it ends it for, and
-    would requeue even one that was cancelled; what else ends jobs leaves a trace in `scontrol show job`.
-    """
-    fields = _shown(own_job(environment))
-    requeued = fields.get("Restarts") != environment.get("SLURM_RESTART_COUNT", "0")
-    preempted = fields.get("PreemptTime", "None") != "None"
-    other = requeued or preempted or fields.get("Reason") != "None"
-    state = fields.get("JobState")
-    return state == "CANCELLED" or (state == "COMPLETING" and not other)
-
-
-def _shown(job: str) -> dict[str, str]:
-    """The fields of `scontrol show job`; none if the controller does not answer."""
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False)
-    return dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
-
-
-def head_address(environment: Mapping[str, str]) -> str:
-    """Address of the job's first node, as Slurm itself reaches it."""
-    listed = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
-    first = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
-    shown = subprocess.run(
-        ["scontrol", "show", "node", first], capture_output=True, text=True, check=True
-    ).stdout
-    addresses = [word.removeprefix("NodeAddr=") for word in shown.split() if word.startswith("NodeAddr=")]
-    return addresses[0] if addresses else first
-
-
 def launch_slurm(
     config_path: str,
     overrides: Sequence[str],
-    nodes: int = 1,
-    gpus_per_node: int = 8,
-    cpu_processes: int = 0,
-    minutes: int = 24 * 60,
-    cpus_per_gpu: int = 8,
+    size: JobSize,
+    *,
     options: SlurmOptions = DEFAULTS,
     sweep: Sequence[str] = (),
     wait: bool = False,
@@ -178,50 +71,40 @@ def launch_slurm(
 ) -> int:
     """Submits the run, or one run per combination of `sweep` ("train.lr=1e-5,2e-5") as a job array.
 
-    wait: follows the log until the job ends, Ctrl-C cancels it; returns its exit code. show: prints the batch
-    script and submits nothing. Raises BadInputError: config or sizes not usable, no sbatch, Slurm refused.
+    wait: follows the log until the job ends (Ctrl-C cancels it) and returns its exit code. show: prints the
+    batch script and submits nothing. Raises BadInputError: config or size not usable, no sbatch, Slurm
+    refused.
     """
+    size = size if size.minutes is not None else replace(size, minutes=ONE_DAY)
     runs = combinations(config_path, overrides, sweep)
-    config = load_config(config_path, runs[0])
-    job = JobDescription(
-        name=job_name(config.name),
-        config=str(Path(config_path).resolve()),
-        overrides=runs[0],
-        nodes=nodes,
-        gpus_per_node=0 if cpu_processes else gpus_per_node,
-        cpu_processes=cpu_processes,
-        cpus_per_gpu=cpus_per_gpu,
-        minutes=minutes,
-    )
+    job = describe_job(str(Path(config_path).resolve()), runs[0], size)
     for run in runs:
         swept = load_config(config_path, run)
-        check_batch(job, swept.train, swept.parallel.sp)
+        check_batch(size, swept.train, swept.parallel.sp)
     run_dir = load_config(config_path, overrides).run_dir.resolve()
     folder = run_dir / JOBS
     if show:
-        print(batch_script(job, folder, run_dir / "code", options), end="")
+        print(batch_script(folder, batch_parameters(job, run_dir / "code", options)), end="")
         return DONE
-    if shutil.which("sbatch") is None:
-        raise BadInputError("no sbatch on the PATH: submit from a login node of the cluster")
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"
-    from submitit import SlurmExecutor
-
-    executor = SlurmExecutor(folder=folder)
+    executor = slurm_executor(folder)
     executor.update_parameters(**batch_parameters(job, take_snapshot(run_dir), options))
-    tasks = [NodeTask(job.config, run, options.max_requeues) for run in runs]
+    tasks = [NodeTask(job.config, run) for run in runs]
     try:
         jobs = (
             executor.map_array(lambda task: task(), tasks) if len(tasks) > 1 else [executor.submit(tasks[0])]
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise BadInputError(f"Slurm refused the job: {reason[-300:]}") from error
+        raise refused(error) from error
     for submitted, run in zip(jobs, runs, strict=True):
         print(
             f"job {submitted.job_id}: {load_config(config_path, run).run_dir}, log {submitted.paths.stdout}"
         )
-    if not wait:
-        return DONE
+    return _follow_all(jobs) if wait else DONE
+
+
+def _follow_all(jobs: Sequence[Any]) -> int:
+    """Follows the jobs to their end; returns the largest exit code. Ctrl-C cancels them."""
     try:
         return max(follow(submitted) for submitted in jobs)
     except KeyboardInterrupt:
@@ -232,7 +115,7 @@ def launch_slurm(
 
 
 def combinations(config_path: str, overrides: Sequence[str], sweep: Sequence[str]) -> list[tuple[str, ...]]:
-    """The overrides of each run of a sweep, each with a name of its own; without a sweep, the overrides.
+    """The overrides of each run of a sweep, each run with its own name; without a sweep, the overrides alone.
 
     Raises BadInputError: an entry that is not key=value,value or a combination that the config refuses.
     """
@@ -252,35 +135,52 @@ def combinations(config_path: str, overrides: Sequence[str], sweep: Sequence[str
     return runs
 
 
-def batch_script(job: JobDescription, folder: Path, snapshot: Path, options: SlurmOptions) -> str:
-    """The script as submitit 1.5.4 writes it; the function is its own, the executor would ask for an srun
-    here."""
+def slurm_executor(folder: Path) -> Any:
+    """submitit's executor. folder: for its files and the logs. Raises BadInputError where there is no
+    sbatch.
+    """
+    if shutil.which("sbatch") is None:
+        raise BadInputError("no sbatch on the PATH: submit from a login node of the cluster")
+    from submitit import SlurmExecutor
+
+    return SlurmExecutor(folder=folder)
+
+
+def refused(error: Exception) -> BadInputError:
+    """What Slurm said when it refused a job, as one line."""
+    return BadInputError(f"Slurm refused the job: {' '.join(str(error).split())[-300:]}")
+
+
+def batch_script(folder: Path, parameters: Mapping[str, Any], *, tasks: int | None = None) -> str:
+    """The script as submitit 1.5.4 would write it. tasks: size of the array, None for a single job.
+
+    `_make_sbatch_string` is private, but submitit has no public way to see the script: its executor needs an
+    srun on this machine.
+    """
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = "python -u -m submitit.core._submit FOLDER"
-    return str(_make_sbatch_string(command, folder, **batch_parameters(job, snapshot, options)))
+    array = {} if tasks is None else {"map_count": tasks}
+    return str(_make_sbatch_string(command, folder, **array, **parameters))
 
 
 def batch_parameters(job: JobDescription, snapshot: Path, options: SlurmOptions) -> dict[str, Any]:
-    """submitit's parameters for the job: one task a node, no srun flag that would end it before it has
-    saved."""
-    environment = {"SUBMITIT_PREEMPT_SIGNAL": "USR1", **job.environment}
+    """submitit's parameters for the job: one task per node, and no srun flag that would end it before it has
+    saved.
+
+    snapshot: directory with the code that the job runs.
+    """
+    size = job.size
+    environment = {"SUBMITIT_PREEMPT_SIGNAL": "USR1"}
     settings = Path(os.environ.get("PHI3V_CLUSTER_ENV", "slurm/cluster.env")).resolve()
-    if job.cpu_processes:
-        environment["PHI3V_CPU_PROCESSES"] = str(job.cpu_processes)
-    optional = {
-        "gpus_per_node": job.gpus_per_node or None,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-    }
-    cpus = job.cpu_processes or job.gpus_per_node * job.cpus_per_gpu
+    if size.cpu_processes:
+        environment["PHI3V_CPU_PROCESSES"] = str(size.cpu_processes)
     return {
         "job_name": job.name,
-        "nodes": job.nodes,
+        "nodes": size.nodes,
         "ntasks_per_node": 1,
-        "cpus_per_task": cpus,
-        "time": job.minutes,
+        "cpus_per_task": size.cpus_per_node,
+        "time": size.minutes,
         "signal_delay_s": options.lead_s,
         "stderr_to_stdout": True,
         "setup": [
@@ -290,16 +190,23 @@ def batch_parameters(job: JobDescription, snapshot: Path, options: SlurmOptions)
             *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
             f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}",
         ],
-        # Since Slurm 22.05 srun asks for one core unless it is told again.
-        "srun_args": ["--mpi=none", "--kill-on-bad-exit=0", "--wait=300", f"--cpus-per-task={cpus}"],
+        # Since Slurm 22.05 srun no longer inherits --cpus-per-task and would ask for one core.
+        "srun_args": [
+            "--mpi=none",
+            "--kill-on-bad-exit=0",
+            "--wait=300",
+            f"--cpus-per-task={size.cpus_per_node}",
+        ],
         "additional_parameters": {"requeue": True, "signal": f"USR1@{options.lead_s}", **options.more},
-        **{key: value for key, value in optional.items() if value},
+        **({"gpus_per_node": size.gpus} if size.gpus else {}),
+        **options.placement,
     }
 
 
 def take_snapshot(run_dir: Path) -> Path:
-    """Copies the three packages into the run directory: a requeued job runs the code that it was submitted
-    with."""
+    """Copies the three packages into the run directory, so that a requeued job runs the code that it was
+    submitted with; returns the copy's directory.
+    """
     target = run_dir / "code" / time.strftime("%Y%m%d-%H%M%S")
     for package in (launch, phi3v_dist, shards):
         source = Path(package.__path__[0])
@@ -309,10 +216,12 @@ def take_snapshot(run_dir: Path) -> Path:
 
 
 def follow(job: Any) -> int:
-    """Prints the job's logs as they grow, over all its requeues; returns the exit code of the run. The logs
-    of all nodes: rank 0, which reports, is where the rendezvous puts it, not always on the first.
+    """Prints the job's logs as they grow, over all its requeues; returns the exit code of the run.
+
+    The logs of all nodes: rank 0, which reports, is where the rendezvous puts it, not always on the first
+    node.
     """
-    tasks = job._sub_jobs or [job]
+    tasks = [job.task(number) for number in range(job.num_tasks)]
     positions = {Path(str(task.paths.stdout)): 0 for task in tasks}
     results = [Path(str(task.paths.result_pickle)) for task in tasks]
     while True:
@@ -327,16 +236,14 @@ def follow(job: Any) -> int:
 
 
 def _code_in(result: Path) -> int:
-    from submitit.core.utils import pickle_load
+    from submitit.core.utils import pickle_load  # not documented; as in 1.5.4
 
     outcome, value = pickle_load(result)
     return int(value) if outcome == "success" else CRASHED
 
 
 def in_queue(job_id: str) -> bool:
-    """Whether Slurm still has the job: pending, running or on its way out. A controller that does not answer
-    has not forgotten it.
-    """
+    """Whether Slurm still has the job: pending, running or ending. True if the controller does not answer."""
     shown = subprocess.run(
         ["squeue", "--noheader", "--jobs", job_id], capture_output=True, text=True, check=False
     )
@@ -346,6 +253,7 @@ def in_queue(job_id: str) -> bool:
 
 
 def _print_from(file: Path, position: int) -> int:
+    """Prints a file from a position in bytes; returns the position of its end."""
     if not file.exists():
         return position
     with file.open("rb") as stream:

@@ -1,8 +1,8 @@
-"""Exit codes of every phi3v process, the exceptions that end a run with one of them, and how a launcher
-learns it.
+"""Exit codes of every phi3v process, the exceptions that end a run with one of them, and the file from which
+a launcher reads the code.
 
-torchrun exits 1 whatever its ranks exit with, so rank 0 leaves its code in the run directory; launchers and
-the container's first process read it there.
+torchrun exits with 1 whatever the exit codes of its ranks are. Therefore rank 0 writes its code into the run
+directory, and launchers read it there.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from shards.common.files import write_atomically
 
 DONE = 0
 CRASHED = 1
-USAGE = 2  # bad config or usage, or storage that fails: one line says what and how to mend it
-PREEMPTED = 3  # stopped by a signal after a checkpoint: requeue me
+USAGE = 2  # bad config or usage, or storage that fails; one line says what is wrong and how to fix it
+PREEMPTED = 3  # stopped by a signal after a checkpoint: requeue the run
 DIVERGED = 4  # training diverged, or the data is unusable
+UNHEALTHY = 5  # config and job are fine, this node is not: run elsewhere
 
 EXIT_FILE = "exit.json"
 
 
 class DivergedError(RuntimeError):
-    """Loss or gradients are not finite, or the data is unusable: running again would not help."""
+    """Loss or gradients are not finite, or the data is unusable: a restart would not help."""
 
 
 class PreemptedError(RuntimeError):
-    """Stopped by a signal, with a checkpoint written: the same command goes on from it."""
+    """Stopped by a signal after a checkpoint was written: the same command resumes from it."""
 
 
 class LostRankError(RuntimeError):
-    """A peer died or does not answer; its message names it. Running again goes on from the last
+    """A peer died or does not answer; the message names its rank. A restart resumes from the last
     checkpoint.
     """
 
@@ -43,9 +44,7 @@ def record_exit(run_dir: Path, code: int, reason: str) -> None:
 
 
 def recorded_exit(run_dir: Path, since: float) -> int | None:
-    """The code that rank 0 recorded at or after `since` (seconds since the epoch), None if it recorded
-    none.
-    """
+    """The code that rank 0 recorded at or after `since` (seconds since the epoch); None if there is none."""
     try:
         fields = json.loads((run_dir / EXIT_FILE).read_text())
         return int(fields["code"]) if fields["time"] >= since else None

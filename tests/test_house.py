@@ -38,6 +38,7 @@ FLOORS = (
     "launch.torchrun",
     "launch",
     "launch.cli",
+    "launch.torchrun.rank",  # started by torchrun: runs the command line
 )
 PACKAGES = ("shards", "phi3v_dist", "launch")
 

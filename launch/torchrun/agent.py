@@ -1,9 +1,9 @@
 """torchrun for one node, with two differences that a restartable run needs.
 
 In: `python -m launch.torchrun.agent TORCHRUN_OPTIONS RANK_COMMAND`. Out: the exit code of the first rank that
-failed, where torchrun itself always exits 1. A stop signal (SIGUSR1, SIGTERM, SIGINT) goes on as SIGUSR1 to
-the ranks alone and the agent waits for them; torchrun itself would signal their process groups, data workers
-included, and kill everything 30 seconds later. Called by launch.torchrun.node.
+failed, where torchrun itself always exits with 1. A stop signal (SIGUSR1, SIGTERM, SIGINT) is forwarded as
+SIGUSR1 to the ranks alone, and the agent waits for them; torchrun itself would signal their process groups,
+data workers included, and kill everything 30 seconds later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launch.torchrun.watch import PARENT_VARIABLE, stop_grace_s, watch_parent
 from phi3v_dist.exits import DONE, PREEMPTED
 
 NO_RENDEZVOUS = 75
-"""Exit code: the nodes did not find each other, no rank was started; trying again may help (EX_TEMPFAIL)."""
+"""Exit code: the nodes did not find each other and no rank was started; a retry may help (EX_TEMPFAIL)."""
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         ranks = psutil.Process().children()
         if not ranks and not stopping:
             stopping = True
-            if not imported:  # nothing has been opened; an exception might be caught inside a library
+            if not imported:  # nothing is open yet, and a library might catch an exception
                 os._exit(PREEMPTED)
             raise _StoppedBeforeStartError
         if not stopping:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
             _send(rank, signal.SIGUSR1)
 
     def out_of_grace(signum: int, frame: FrameType | None) -> None:
-        print("launch.torchrun.agent: ranks did not stop in time; ending them", file=sys.stderr, flush=True)
+        print("launch.torchrun.agent: ranks did not stop in time; killing them", file=sys.stderr, flush=True)
         for rank in psutil.Process().children(recursive=True):
             _send(rank, signal.SIGKILL)
 

@@ -1,7 +1,7 @@
-"""One node's part of a run: starts torchrun, passes signals on, waits, and says how the run ended.
+"""One node's part of a run: starts torchrun, forwards stop signals, waits, and returns how the run ended.
 
-In: torchrun's options, the rank command, the run directory. Out: an exit code of phi3v_dist.exits. Every
-launcher ends here: `phi3v launch local` in its own process, Slurm and Kubernetes once on each node.
+In: torchrun's options, the rank command, the run directory. Out: an exit code of phi3v_dist.exits. All
+launchers use it: `phi3v launch local` in its own process, Slurm and Kubernetes once on each node.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from launch.torchrun.watch import GRACE_VARIABLE, PARENT_VARIABLE
 from phi3v_dist.exits import CRASHED, PREEMPTED, recorded_exit
 
 KILL_MARGIN_S = 15.0
-"""Seconds past the grace after which the agent itself is taken to hang."""
+"""Seconds after the grace period until the agent itself is considered to hang and is killed."""
 
 
 @dataclass(frozen=True)
 class NodeResult:
-    """How the ranks ended. code: of phi3v_dist.exits, or launch.torchrun.agent.NO_RENDEZVOUS. stopped: this
-    process was told to stop.
+    """How the ranks ended. code: of phi3v_dist.exits, or launch.torchrun.agent.NO_RENDEZVOUS. stopped:
+    whether this process received a stop signal.
     """
 
     code: int
@@ -40,14 +40,16 @@ def run_node(
     torchrun_options: Sequence[str],
     rank_command: Sequence[str],
     run_dir: Path,
+    *,
     environment: Mapping[str, str],
     grace_s: float,
 ) -> NodeResult:
-    """Runs the ranks of this node to their end; the code is what rank 0 recorded in `run_dir`, else what was
-    seen here.
+    """Runs the ranks of this node to their end. The code is the one that rank 0 recorded in `run_dir`, else
+    the exit code of torchrun's process.
 
-    environment: added to this process's own. grace_s: seconds from the first stop signal (SIGUSR1, SIGTERM,
-    SIGINT) to the hard end; a second SIGINT ends the ranks at once. Leaves no process behind.
+    environment: variables added to those of this process. grace_s: seconds from the first stop signal
+    (SIGUSR1, SIGTERM, SIGINT) until the ranks are killed; a second SIGINT kills them at once. Leaves no
+    process behind.
     """
     started = time.time()
     signals: list[int] = []
@@ -56,12 +58,12 @@ def run_node(
         **environment,
         GRACE_VARIABLE: f"{grace_s:g}",
         PARENT_VARIABLE: str(os.getpid()),
-        "PYTHONSAFEPATH": "1",  # a directory named launch/ where the user stands must not shadow ours
+        "PYTHONSAFEPATH": "1",  # a directory launch/ in the working directory must not shadow this package
     }
     stop_signals = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-    # Blocked until the agent is there to pass them on to; a signal of the first milliseconds waits.
+    # Blocked until the agent exists to forward them to; a signal in the first milliseconds waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
-    # A session of its own: Ctrl-C in the terminal reaches this process alone, which passes it on in order.
+    # Its own session: Ctrl-C in the terminal reaches only this process, which forwards it.
     agent = subprocess.Popen(
         [sys.executable, "-m", "launch.torchrun.agent", *torchrun_options, *rank_command],
         env=child_environment,
@@ -70,7 +72,7 @@ def run_node(
     )
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        # Not so a second SIGTERM: of the steps of a job that it ends, Slurm signals some twice.
+        # A second SIGTERM does not count: Slurm signals some steps of a job that it ends twice.
         again = signum == signal.SIGINT and signal.SIGINT in signals
         signals.append(signum)
         if again:
@@ -113,7 +115,7 @@ def _wait(agent: subprocess.Popen[bytes], signals: Sequence[int], grace_s: float
 
 
 def _kill_tree(pid: int) -> None:
-    """SIGKILL to a process and all its descendants, children last found first."""
+    """Sends SIGKILL to all descendants of a process, then to the process."""
     try:
         root = psutil.Process(pid)
         processes = [*root.children(recursive=True), root]

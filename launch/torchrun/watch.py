@@ -1,9 +1,9 @@
-"""A process that does not outlive the one that started it.
+"""Ends a process when the process that started it is gone.
 
-torchrun starts every rank in a session of its own, so a launcher that is killed outright takes nothing with
-it: the ranks would keep their GPUs. Here every process of a run watches its parent. The ranks
-(launch.torchrun.rank) and each node's torchrun (launch.torchrun.agent) call `watch_parent` first thing; the
-parent passes its pid in PARENT_VARIABLE.
+torchrun starts every rank in its own session. If a launcher is killed with SIGKILL, the ranks would live on
+and keep their GPUs. Therefore every process of a run watches its parent: the ranks (launch.torchrun.rank) and
+each node's torchrun (launch.torchrun.agent) call `watch_parent` first; the parent passes its pid in
+PARENT_VARIABLE.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ POLL_S = 0.5
 
 
 def stop_grace_s() -> float:
-    """Seconds between a stop signal and the hard end, from the environment that the launcher made."""
+    """Seconds from a stop signal until SIGKILL, from the environment that the launcher made."""
     return float(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_S))
 
 
 def watch_parent() -> None:
-    """Ends this process when its parent is gone: SIGUSR1 (finish the step, checkpoint), SIGKILL after the
-    grace.
+    """When the parent of this process is gone, sends SIGUSR1 to this process (finish the step, write a
+    checkpoint), and SIGKILL after the grace period.
 
-    A thread that polls, and not the kernel's parent-death signal, because torchrun offers no place between
-    fork and exec to ask for that signal.
+    This is a thread that polls, not the kernel's parent-death signal: torchrun offers no place between fork
+    and exec to request that signal.
     """
     parent = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
     threading.Thread(target=_watch, args=(parent, stop_grace_s()), name="watch-parent", daemon=True).start()

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import k8s
-from launch.description import GRACE_S, POD_GRACE_S
+from launch import k8s, manifests
+from launch.description import GRACE_S, POD_GRACE_S, JobSize
 from shards.common.errors import BadInputError
 from tests.k8s.strict import faults
 
@@ -49,8 +49,8 @@ def test_the_set_as_it_stands_is_right(applied: list[Object]) -> None:
 
 
 def test_the_set_is_what_the_command_renders() -> None:
-    job = k8s.describe(str(CONFIG), [], nodes=2, gpus_per_node=8)
-    texts = k8s.render(k8s.manifests(job, CONFIG.read_text(), k8s.KubernetesOptions()))
+    job = k8s.describe(str(CONFIG), [], JobSize(2))
+    texts = manifests.render(manifests.manifests(job, CONFIG.read_text(), manifests.KubernetesOptions()))
     again = "phi3v launch k8s configs/burberry.yaml --out k8s (and --out k8s/base)"
     for directory in (K8S, K8S / "base"):
         found = {file.name: file.read_text() for file in directory.glob("*-*.yaml")}
@@ -58,9 +58,9 @@ def test_the_set_is_what_the_command_renders() -> None:
 
 
 def test_the_overlay_for_the_trainer_is_what_the_command_renders() -> None:
-    job = k8s.describe(str(CONFIG), [], nodes=2, gpus_per_node=8)
-    options = k8s.KubernetesOptions(operator="v2")
-    text = k8s.render(k8s.manifests(job, CONFIG.read_text(), options))["30-train.yaml"]
+    job = k8s.describe(str(CONFIG), [], JobSize(2))
+    options = manifests.KubernetesOptions(operator="v2")
+    text = manifests.render(manifests.manifests(job, CONFIG.read_text(), options))["30-train.yaml"]
     again = "phi3v launch k8s configs/burberry.yaml --operator v2 --out DIR; copy its 30-train.yaml"
     assert (K8S / "overlays/trainjob/30-train.yaml").read_text() == text, again
     kinds = [each["kind"] for each in kustomize(K8S / "overlays/trainjob")]
@@ -105,10 +105,10 @@ def test_overlays_are_built_as_kubectl_builds_them(overlay: Path) -> None:
 def test_master_and_workers_make_the_nodes(tmp_path: Path) -> None:
     config = tmp_path / "a config.yaml"
     config.write_text(CONFIG.read_text().replace("name: burberry", "name: My_Run.2"))
-    job = k8s.describe(str(config), ["train.lr=2e-5", "track.group=two words"], nodes=4, gpus_per_node=4)
+    job = k8s.describe(str(config), ["train.lr=2e-5", "track.group=two words"], JobSize(4, 4))
     objects = [
         each
-        for part in k8s.manifests(job, config.read_text(), k8s.KubernetesOptions("team")).values()
+        for part in manifests.manifests(job, config.read_text(), manifests.KubernetesOptions("team")).values()
         for each in part
     ]
     assert faults(objects) == []
@@ -125,28 +125,30 @@ def test_master_and_workers_make_the_nodes(tmp_path: Path) -> None:
     }
     arguments = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["args"]
     assert arguments[-2:] == ["train.lr=2e-5", "track.group=two words"]
-    alone = k8s.describe(str(config), [], nodes=1, gpus_per_node=8)
-    assert list(k8s.pytorch_job(alone, k8s.KubernetesOptions())["spec"]["pytorchReplicaSpecs"]) == ["Master"]
+    alone = k8s.describe(str(config), [], JobSize())
+    assert list(
+        manifests.pytorch_job(alone, manifests.KubernetesOptions())["spec"]["pytorchReplicaSpecs"]
+    ) == ["Master"]
 
 
 def test_several_data_sets_are_named_by_the_config(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     sources = "sources: [{path: /data/a, weight: 1}, {path: /data/b, weight: 2}]"
     config.write_text(CONFIG.read_text().replace("path: ${oc.env:PHI3V_SHARDS,data/burberry}", sources))
-    job = k8s.describe(str(config), [], nodes=2, gpus_per_node=8)
+    job = k8s.describe(str(config), [], JobSize(2))
     assert job.overrides == ("runs_dir=/runs",)
-    job = k8s.describe(str(CONFIG), ["data.path=null", f"data.{sources.replace(': ', '=', 1)}"], 2, 8)
+    job = k8s.describe(str(CONFIG), ["data.path=null", f"data.{sources.replace(': ', '=', 1)}"], JobSize(2))
     assert "data.path=/data/shards" not in job.overrides
 
 
 def test_a_node_gets_what_its_gpus_need() -> None:
     def asked(**size: int) -> tuple[str, str]:
-        job = k8s.describe(str(CONFIG), ["train.global_batch=16"], nodes=2, **size)
-        amounts = k8s.container(job, "pytorch")["resources"]["requests"]
+        job = k8s.describe(str(CONFIG), ["train.global_batch=16"], JobSize(2, **size))
+        amounts = manifests.container(job, "pytorch")["resources"]["requests"]
         return amounts["cpu"], amounts["memory"]
 
     assert asked(gpus_per_node=8) == ("64", "900Gi") and asked(gpus_per_node=1) == ("8", "200Gi")
-    assert asked(gpus_per_node=1, cpus_per_gpu=12, memory_gb=80) == ("12", "80Gi")
+    assert asked(gpus_per_node=1, cpus_per_gpu=12, memory_gb_per_node=80) == ("12", "80Gi")
 
 
 def test_ranks_have_time_to_save_before_the_pod_is_killed() -> None:
@@ -159,19 +161,19 @@ def test_ranks_have_time_to_save_before_the_pod_is_killed() -> None:
         (["train.lrr=1"], 2, "did you mean"),
         ([], 0, "0 nodes"),
         ([], 3, "global_batch=16 rows cannot be shared by 3 x 8 = 24 ranks; set train.global_batch=24"),
-        (["name=" + "x" * 60], 2, "40 are the most"),
+        (["name=" + "x" * 60], 2, "at most 40 are allowed"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(overrides: list[str], nodes: int, message: str) -> None:
     with pytest.raises(BadInputError, match=message) as caught:
-        k8s.launch_k8s(str(CONFIG), overrides, nodes=nodes)
+        k8s.launch_k8s(str(CONFIG), overrides, JobSize(nodes))
     assert "\n" not in str(caught.value)
 
 
 def test_the_example_image_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(k8s.shutil, "which", lambda name: "/bin/false")
     with pytest.raises(BadInputError, match="only an example"):
-        k8s.launch_k8s(str(CONFIG), [], apply=True)
+        k8s.launch_k8s(str(CONFIG), [], JobSize(2), apply=True)
 
 
 def pod(job: Object, role: str = "Master") -> Object:

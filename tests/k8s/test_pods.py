@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import k8s
+from launch import k8s, manifests
 from launch.cluster import Attempts, membership, pod_exit_code
-from launch.description import torchrun_options
+from launch.description import JobSize, torchrun_options
 from launch.local import cores
 from shards.common.errors import BadInputError
 from tests.waiting import wait_for
@@ -51,8 +51,8 @@ class Job:
     def start(self, node: int) -> None:
         """The container's command and environment, as the operator makes them."""
         overrides = [f"runs_dir={self.run_dir.parent}", "track.group=two words"]
-        description = k8s.describe(str(self.config), overrides, nodes=2, gpus_per_node=1)
-        container = k8s.container(description, "pytorch")
+        description = k8s.describe(str(self.config), overrides, JobSize(2, 1))
+        container = manifests.container(description, "pytorch")
         own = {each["name"]: each["value"] for each in container["env"] if "value" in each}
         assert container["command"][0] == "phi3v"
         command = [

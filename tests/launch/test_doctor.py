@@ -1,4 +1,4 @@
-"""`phi3v doctor`: what it sees, and that it says how to mend it."""
+"""`phi3v doctor`: what it finds, and that it says how to fix it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor
-from launch.doctor import Finding, run_doctor
+from launch.doctor import clusters, machine, run
+from launch.doctor.finding import Finding, line
+from launch.doctor.report import run_doctor
 from phi3v_dist.config import load_config
 from shards.common.errors import BadInputError
 
 
 def test_a_config_that_can_run_has_nothing_red(tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_doctor(str(tiny_config), ["train.global_batch=4"]) == 0
-    said = capsys.readouterr().out
-    assert not [line for line in said.splitlines() if line.startswith("red")]
+    output = capsys.readouterr().out
+    assert not [each for each in output.splitlines() if each.startswith("red")]
     for subject in (
         "torch",
         "/dev/shm",
@@ -26,11 +27,11 @@ def test_a_config_that_can_run_has_nothing_red(tiny_config: Path, capsys: pytest
         "model",
         "batch",
     ):
-        assert f" {subject}: " in said
+        assert f" {subject}: " in output
     assert not list(tiny_config.parent.glob("**/.probe-*")), "leaves nothing behind"
 
 
-def test_what_will_fail_is_red_and_says_how_to_mend_it(
+def test_what_will_fail_is_red_and_says_how_to_fix_it(
     tiny_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [
@@ -40,7 +41,7 @@ def test_what_will_fail_is_red_and_says_how_to_mend_it(
         "model.path=no weights",
     ]
     assert run_doctor(str(tiny_config), overrides, environment={"PHI3V_CPU_PROCESSES": "2"}) == 5
-    reds = [line for line in capsys.readouterr().out.splitlines() if line.startswith("red")]
+    reds = [each for each in capsys.readouterr().out.splitlines() if each.startswith("red")]
     assert len(reds) == 3
     assert "shards build" in reds[0] and "set model.path" in reds[1] and "set train.global_batch=4" in reds[2]
 
@@ -54,7 +55,7 @@ def test_shards_of_the_wrong_size_and_missing_splits_are_seen(
     shutil.copytree(products, copy)
     config = load_config(tiny_config, [f"data.path={copy}", "data.val_split=test"])
     next(iter(sorted(copy.glob("*.tar")))).write_bytes(b"short")
-    found = [finding.found for finding in doctor.dataset(config)]
+    found = [finding.found for finding in run.dataset(config)]
     assert any("1 shard(s) of the wrong size" in each for each in found)
     assert any("no sample in split test" in each for each in found)
 
@@ -65,13 +66,13 @@ def test_a_bad_config_is_wrong_input_not_a_finding(tiny_config: Path) -> None:
 
 
 def test_ranks_start_and_reduce(capsys: pytest.CaptureFixture[str]) -> None:
-    found = list(doctor.all_reduce())
+    found = list(machine.all_reduce())
     assert [finding.status for finding in found] == ["green"] and "GB/s" in found[0].found
 
 
 def test_a_cluster_that_is_not_there_is_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for check in (doctor.slurm_cluster, doctor.kubernetes_cluster):
+    for check in (clusters.slurm_cluster, clusters.kubernetes_cluster):
         assert [finding.status for finding in check()] == ["red"]
 
 
@@ -87,7 +88,7 @@ def test_a_cluster_with_the_trainer_alone_is_good(tmp_path: Path, monkeypatch: p
     (tmp_path / "kubectl").write_text(KUBECTL)
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    found = [(finding.status, finding.subject, finding.found) for finding in doctor.kubernetes_cluster()]
+    found = [(finding.status, finding.subject, finding.found) for finding in clusters.kubernetes_cluster()]
     assert found == [
         ("green", "API server", "there"),
         ("green", "training operator", "v2: `phi3v launch k8s --operator v2`"),
@@ -106,34 +107,34 @@ def test_wandb_is_used_as_training_would(tiny_config: Path, monkeypatch: pytest.
         ({"WANDB_MODE": "disabled"}, "disabled"),
         ({"WANDB_MODE": "online"}, "online without WANDB_API_KEY"),
     ):
-        (finding,) = doctor.wandb(config, environment)
+        (finding,) = run.wandb(config, environment)
         assert finding.found.startswith(said), environment
 
 
-def test_a_line_names_status_subject_and_mend() -> None:
+def test_a_line_names_status_subject_and_fix() -> None:
     finding = Finding("yellow", "GPUs", "none", "rent some")
-    assert doctor.line(finding, colour=False) == "yellow GPUs: none; rent some"
+    assert line(finding, colour=False) == "yellow GPUs: none; rent some"
 
 
 def test_a_gpu_that_is_too_small_is_red_and_says_what_to_change(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(tiny_config, ["train.global_batch=4"])
-    assert [finding.status for finding in doctor.memory(config, {})] == ["green"]
-    monkeypatch.setattr(doctor, "visible_gpus", lambda: 2)
-    monkeypatch.setattr(doctor, "_gpu_bytes", lambda: 80 * 10**9)
-    assert [finding.status for finding in doctor.memory(config, {})] == ["green"]
-    monkeypatch.setattr(doctor, "_gpu_bytes", lambda: 10**9)
-    (finding,) = doctor.memory(config, {})
-    assert finding.status == "red" and "the GPU has 1" in finding.found and "=" in finding.mend
+    assert [finding.status for finding in run.memory(config, {})] == ["green"]
+    monkeypatch.setattr(run, "visible_gpus", lambda: 2)
+    monkeypatch.setattr(run, "gpu_bytes", lambda: 80 * 10**9)
+    assert [finding.status for finding in run.memory(config, {})] == ["green"]
+    monkeypatch.setattr(run, "gpu_bytes", lambda: 10**9)
+    (finding,) = run.memory(config, {})
+    assert finding.status == "red" and "the GPU has 1" in finding.found and "=" in finding.fix
 
 
 def test_ranks_that_share_a_row_are_counted_as_one(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "visible_gpus", lambda: 4)
+    monkeypatch.setattr(run, "visible_gpus", lambda: 4)
     overrides = ["train.global_batch=2", "parallel.sp=2"]
-    (finding,) = doctor.batch(load_config(tiny_config, overrides), {})
+    (finding,) = run.batch(load_config(tiny_config, overrides), {})
     assert finding.status == "green" and "2 to a row" in finding.found
-    (finding,) = doctor.batch(load_config(tiny_config, [*overrides, "parallel.sp=3"]), {})
-    assert finding.status == "red" and "divisor of 4" in finding.mend
+    (finding,) = run.batch(load_config(tiny_config, [*overrides, "parallel.sp=3"]), {})
+    assert finding.status == "red" and "divisor of 4" in finding.fix

@@ -26,7 +26,7 @@ def config(tmp_path: Path, products: Path) -> str:
 
 
 def test_config_is_checked_before_anything_starts(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "run_node", lambda *arguments: pytest.fail("started"))
+    monkeypatch.setattr(local, "run_node", lambda *arguments, **named: pytest.fail("started"))
     with pytest.raises(BadInputError, match=r"did you mean train\.lr"):
         local.launch_local(config, ["train.lrr=1"])
     with pytest.raises(BadInputError, match="no such config file"):
@@ -40,11 +40,17 @@ def test_config_is_checked_before_anything_starts(config: str, monkeypatch: pyte
 def test_ranks_get_config_and_overrides_unchanged(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)  # set where a mesh was opened in this process
     seen: list[object] = []
-    monkeypatch.setattr(local, "run_node", lambda *arguments: seen.extend(arguments) or NodeResult(0, False))
+    monkeypatch.setattr(
+        local,
+        "run_node",
+        lambda *arguments, environment, grace_s: (
+            seen.extend([*arguments, environment]) or NodeResult(0, False)
+        ),
+    )
     monkeypatch.setattr(local, "visible_gpus", lambda: 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert local.launch_local(config, ["train.lr=0.1", "track.group=two words"], processes=2) == 0
-    options, command, run_dir, environment, _ = seen
+    options, command, run_dir, environment = seen
     assert options[-2:] == ["--nproc-per-node", "2"]
     assert command == ["-m", "launch.torchrun.rank", "train", config, "train.lr=0.1", "track.group=two words"]
     assert run_dir == Path(config).parent / "runs with space" / "a-run"

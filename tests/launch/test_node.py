@@ -19,7 +19,9 @@ from pathlib import Path
 from launch.torchrun.node import run_node
 run_dir, grace, *command = sys.argv[1:]
 options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-sys.exit(run_node(options, command, Path(run_dir), {"OMP_NUM_THREADS": "1"}, float(grace)).code)
+environment = {"OMP_NUM_THREADS": "1"}
+ended = run_node(options, command, Path(run_dir), environment=environment, grace_s=float(grace))
+sys.exit(ended.code)
 """
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.description import STOP_LEAD_S, JobDescription, job_name, rank_environment
+from launch.description import STOP_LEAD_S, JobSize, job_name, rank_environment
 from launch.health import command_fault
-from launch.slurm import SlurmOptions, cancelled, combinations, in_queue, launch_slurm, own_job
+from launch.slurm import SlurmOptions, combinations, in_queue, launch_slurm
+from launch.slurm_task import REQUEUE
 from shards.common.errors import BadInputError
 
 TRAIN_SH = Path(__file__).resolve().parents[2] / "slurm" / "train.sh"
@@ -53,7 +54,7 @@ def test_the_batch_script_is_printed_and_nothing_is_submitted(
     runs = tmp_path / "runs with space"
     options = SlurmOptions(partition="gpu", account="vision", more={"constraint": "h100"})
     overrides = [f"runs_dir={runs}", "train.global_batch=32"]
-    assert launch_slurm(str(tiny_config), overrides, 4, 8, minutes=60, options=options, show=True) == 0
+    assert launch_slurm(str(tiny_config), overrides, JobSize(4, minutes=60), options=options, show=True) == 0
     said = capsys.readouterr().out.replace(str(runs / "tiny"), "RUN")
     said = said.replace("--cpus-per-task=64 python", "CORES python")
     assert re.sub(r"python -u .*", "COMMAND", said) == SCRIPT
@@ -66,13 +67,8 @@ def test_what_never_changes_on_the_cluster_reaches_the_job(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/cluster.env").write_text("NCCL_IB_HCA=mlx5\n")
-    assert launch_slurm(str(tiny_config), ["train.global_batch=32"], show=True) == 0
+    assert launch_slurm(str(tiny_config), ["train.global_batch=32"], JobSize(), show=True) == 0
     assert f"\nset -a; source {tmp_path}/slurm/cluster.env; set +a\n" in capsys.readouterr().out
-
-
-def test_a_task_of_an_array_requeues_itself_alone() -> None:
-    of_array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
-    assert own_job(of_array) == "7_2" and own_job({"SLURM_JOB_ID": "7"}) == "7"
 
 
 def test_a_controller_that_does_not_answer_has_not_forgotten_the_job(
@@ -90,8 +86,30 @@ def test_a_controller_that_does_not_answer_has_not_forgotten_the_job(
         assert in_queue("7") is expected
 
 
+def requeue(
+    directory: Path, shown: str, *words: str, environment: dict[str, str]
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """launch/requeue.sh with a stand-in for scontrol that answers `show` with a text; and what it was
+    asked.
+    """
+    calls = directory / "calls"
+    calls.unlink(missing_ok=True)
+    (directory / "scontrol").write_text(
+        f"#!/bin/sh\necho \"$@\" >> '{calls}'\nif [ \"$1\" = show ]; then echo '{shown}'; fi\n"
+    )
+    (directory / "scontrol").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(REQUEUE), *words],
+        env={"PATH": f"{directory}:/usr/bin:/bin", "SLURM_JOB_ID": "7", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, calls.read_text().splitlines()
+
+
 @pytest.mark.parametrize(
-    ("shown", "expected"),
+    ("shown", "cancelled"),
     [
         ("JobState=COMPLETING Reason=None Restarts=1 PreemptTime=None", True),
         ("JobState=CANCELLED Reason=None Restarts=1 PreemptTime=None", True),
@@ -103,12 +121,31 @@ def test_a_controller_that_does_not_answer_has_not_forgotten_the_job(
     ],
 )
 def test_a_cancelled_job_is_told_from_the_others_that_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: str, expected: bool
+    tmp_path: Path, shown: str, cancelled: bool
 ) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{shown}'\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    assert cancelled({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}) is expected
+    done, _ = requeue(tmp_path, shown, "may", environment={"SLURM_RESTART_COUNT": "1"})
+    assert (done.returncode != 0) is cancelled
+    assert ("cancelled; submit the same command" in done.stderr) is cancelled
+
+
+def test_a_job_is_requeued_only_so_often(tmp_path: Path) -> None:
+    running = "JobState=RUNNING Reason=None Restarts=2 PreemptTime=None"
+    counts = {"SLURM_RESTART_COUNT": "2", "PHI3V_MAX_REQUEUES": "2"}
+    done, _ = requeue(tmp_path, running, "may", environment=counts)
+    assert done.returncode and "requeued 2 times" in done.stderr
+    done, _ = requeue(tmp_path, running, "may", environment={**counts, "PHI3V_MAX_REQUEUES": "3"})
+    assert done.returncode == 0
+
+
+def test_a_task_of_an_array_requeues_itself_alone_and_adds_to_the_excluded_nodes(tmp_path: Path) -> None:
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    done, calls = requeue(tmp_path, "ExcNodeList=node1 JobState=PENDING", "now", "node3", environment=task)
+    assert done.returncode == 0
+    assert calls == ["requeue 7_2", "show job 7_2", "update JobId=7_2 ExcNodeList=node1,node3"]
+    _, calls = requeue(tmp_path, "ExcNodeList=(null)", "now", "node3", environment={})
+    assert calls[-1] == "update JobId=7 ExcNodeList=node3"
+    _, calls = requeue(tmp_path, "", "now", "", environment={})
+    assert calls == ["requeue 7"]
 
 
 @pytest.mark.parametrize(
@@ -197,13 +234,14 @@ def test_what_cannot_be_submitted_is_one_line(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInputError, match=message) as caught:
-        launch_slurm(str(tiny_config), [], **arguments)
+        sweep = arguments.pop("sweep", ())
+        launch_slurm(str(tiny_config), [], JobSize(**arguments), sweep=sweep)
     assert "\n" not in str(caught.value)
 
 
 def test_job_names_are_fit_for_slurm_and_kubernetes() -> None:
     assert [job_name(name) for name in ("burberry", "My_Run.2", "2nd")] == ["burberry", "my-run-2", "run-2nd"]
-    with pytest.raises(BadInputError, match="40 are the most"):
+    with pytest.raises(BadInputError, match="at most 40 are allowed"):
         job_name("x" * 41)
 
 
@@ -211,4 +249,4 @@ def test_ranks_share_the_cores_and_a_cpu_run_says_so() -> None:
     assert rank_environment(2, on_gpu=False, cores=8) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}
     on_cluster = rank_environment(8, on_gpu=True, cores=64, nodes=4)
     assert on_cluster["OMP_NUM_THREADS"] == "8" and on_cluster["HF_HUB_OFFLINE"] == "1"
-    assert JobDescription("a", "b", gpus_per_node=0, cpu_processes=2).processes_per_node == 2
+    assert JobSize(gpus_per_node=0, cpu_processes=2).processes_per_node == 2

@@ -127,7 +127,7 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(cluster: SlurmCluster,
     assert cluster.wait_for_state(job, ("CANCELLED", "PENDING"), 40) == "CANCELLED"
     assert not cluster.run("squeue", "--noheader")
     assert list((run.run_dir / "checkpoints").iterdir())
-    assert "cancelled; submit the same command to go on" in cluster.output(job)
+    assert "cancelled; submit the same command to resume" in cluster.output(job)
 
 
 def test_a_job_that_saves_only_after_its_time_limit_comes_back(

@@ -192,7 +192,7 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
     stopped_at = steps(run_dir)[-1]
     assert (run_dir / "checkpoints" / f"step-{stopped_at:06d}" / "COMPLETE").exists()
     logs = "".join(each.read_text() for each in (run_dir / "slurm").glob(f"{job}_*_log.out"))
-    assert "phi3v: cancelled; submit the same command to go on" in logs
+    assert "cancelled; submit the same command to resume" in logs
     with launched(cluster, submit_dir, arguments) as (launcher, said):
         assert launcher.wait(240) == 0, said()
     assert steps(run_dir) == list(range(1, 81)) and len(wandb_ids(run_dir)) == 1
