@@ -127,7 +127,7 @@ def estimate_row(
 ) -> Estimate:
     """The estimate for a row of `length`."""
     longer = run.model_copy(update={"data": run.data.model_copy(update={"seq_len": length})})
-    return estimate(longer, config, 1, targets=targets, pictures=pictures, cuda=torch.cuda.is_available())
+    return estimate(longer, config, 1, targets=targets, images=pictures, cuda=torch.cuda.is_available())
 
 
 def try_settings(

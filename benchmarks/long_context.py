@@ -176,7 +176,7 @@ def measure(length: int, settings: dict[str, Any]) -> dict[str, Any]:
     config = run_config(length, **settings)
     pictures = facts["pictures"]
     found = estimate(
-        config, model_config(), 2, targets=facts["targets"] // 2, pictures=(pictures, 17 * pictures),
+        config, model_config(), 2, targets=facts["targets"] // 2, images=(pictures, 17 * pictures),
         reserve=0, cuda=False,
     )  # fmt: skip
     expected = found.total + found.host

@@ -1,1 +1,3 @@
-"""Around the job: local, Slurm and Kubernetes launchers, checks before the start. No torch at import."""
+"""Everything around a job: launchers for this machine, Slurm and Kubernetes, and the checks before the start.
+Does not import torch.
+"""

@@ -13,7 +13,9 @@ FLOATS, ROUNDS = 16 << 20, 5
 
 
 def main(result: Path) -> None:
-    """Writes "X GB/s" to `result`: the bus bandwidth, 2 (n - 1) / n of the bytes, as nccl-tests defines it."""
+    """Writes "X GB/s" to `result`: the bus bandwidth, 2 (n - 1) / n of the bytes, as nccl-tests defines
+    it.
+    """
     import torch
     import torch.distributed as dist
 

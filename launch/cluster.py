@@ -1,9 +1,10 @@
 """One node of a cluster job: `phi3v launch node CONFIG [key=value ...]`, started once per node by Slurm or as
 the first process of a pod.
 
-In: config, overrides, the scheduler's environment. Out: an exit code. It finds this node's place among the nodes,
-runs torchrun, and starts it again after a crash or when a lost peer has been replaced: only a node that received a
-stop signal itself leaves. Starts without a new checkpoint are counted in the run directory and limited.
+In: config, overrides, the scheduler's environment. Out: an exit code. It finds this node's place among the
+nodes, runs torchrun, and starts it again after a crash or when a lost peer has been replaced: only a node
+that received a stop signal itself leaves. Starts without a new checkpoint are counted in the run directory
+and limited.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
 
 POD_RETRIED = 143
-"""The exit code at which the training operator replaces the pod: 128 + SIGTERM. Codes below 128 fail the job."""
+"""The exit code at which the training operator replaces the pod: 128 + SIGTERM. Codes below 128 fail the job.
+"""
 _FIRST_PORT, _PORTS = 20000, 10000
 """A Slurm job's rendezvous port is the first plus the job's number modulo the count."""
 
@@ -47,8 +49,8 @@ _FIRST_PORT, _PORTS = 20000, 10000
 def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs this node's part of the job; returns the exit code for the scheduler.
 
-    environment: of this process. Raises BadInputError: config not usable, no scheduler's variables, no GPUs, too many
-    starts without a new checkpoint.
+    environment: of this process. Raises BadInputError: config not usable, no scheduler's variables, no GPUs,
+    too many starts without a new checkpoint.
     """
     config = load_config(config_path, overrides)
     member = membership(environment)
@@ -74,8 +76,8 @@ def run_cluster_node(config_path: str, overrides: Sequence[str], environment: Ma
         )
         if result.code in (DONE, USAGE, PREEMPTED, DIVERGED):
             attempts.forget()
-        # After a stop signal this node leaves. If it received none, yet rank 0 recorded 3, another pod was stopped:
-        # wait for its replacement.
+        # After a stop signal this node leaves. If it received none, yet rank 0 recorded 3, another pod was
+        # stopped: wait for its replacement.
         if (
             result.stopped
             or result.code in (DONE, USAGE, DIVERGED)
@@ -109,7 +111,9 @@ def cpu_processes(environment: Mapping[str, str]) -> int:
 
 
 def pod_exit_code(code: int) -> int:
-    """The code that makes the training operator do what `code` means: 3 replaces the pod, others end the job."""
+    """The code that makes the training operator do what `code` means: 3 replaces the pod, others end the
+    job.
+    """
     return POD_RETRIED if code == PREEMPTED else code
 
 
@@ -200,7 +204,8 @@ def _address_towards(host: str, port: int) -> str:
 
 
 class Attempts:
-    """RUN/attempts/node-N.json: how often this node has started since the newest checkpoint, over all its processes.
+    """RUN/attempts/node-N.json: how often this node has started since the newest checkpoint, over all its
+    processes.
 
     Limits crash loops that no scheduler recognizes: a pod that runs out of memory would be replaced for ever.
     """
@@ -243,8 +248,8 @@ def newest_checkpoint(run_dir: Path) -> str | None:
 
 
 def _until_joined(run: Callable[[], NodeResult], stops: Sequence[int]) -> NodeResult:
-    """Runs torchrun, again and again while the nodes do not find each other: the first node may not be there yet, or
-    the rendezvous may still be the one that a lost run has closed.
+    """Runs torchrun, again and again while the nodes do not find each other: the first node may not be there
+    yet, or the rendezvous may still be the one that a lost run has closed.
 
     run: runs torchrun once. stops: stop signals that came meanwhile.
     """

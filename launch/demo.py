@@ -1,9 +1,7 @@
-"""`phi3v demo`: the whole job at tiny size, from drawn pictures to an exported model, each stage with real
-parts.
+"""`phi3v demo`: the whole job at tiny size, from drawn images to an exported model, with the real commands.
 
-In: where to put the run, how many products, config overrides. Out: RUN/summary.json and a table. Every stage
-finds out by itself what is done already, so a killed demo goes on where it stopped. Called by the command
-line.
+In: a config with overrides, the number of products. Out: RUN/summary.json and a table. Every stage finds out
+itself what is already done, so a demo that was killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -35,10 +33,10 @@ _STAGES = ("sample", "build", "train", "evaluate", "export")
 
 
 def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
-    """Runs the stages that are not done; returns the exit code of the first that fails, else 0.
+    """Runs the stages that are not done yet; returns the exit code of the first that fails, else 0.
 
-    rows: products in the catalogue. The dataset is made where the config's data.path says, the catalogue
-    beside it. Raises BadInputError for a config that cannot be used.
+    rows: products in the catalogue. The dataset is written to the config's data.path, the catalogue beside
+    it. Raises BadInputError for a config that cannot be used.
     """
     config = load_config(config_path, overrides)
     if config.data.path is None:
@@ -50,7 +48,7 @@ def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
     done = _read(run_dir / SUMMARY)
     if done.get("made_with") == made_with:
         _print_summary(console, done)
-        console.print(f"Already done; delete {run_dir} to see it all again.")
+        console.print(f"Already done; delete {run_dir} to run the demo again.")
         return DONE
     run_dir.mkdir(parents=True, exist_ok=True)
     clock = _Clock(run_dir / _SECONDS, console)
@@ -59,7 +57,7 @@ def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
     with clock.stage("sample"):
         _run(["shards", "sample", "--rows", str(rows), "--seed", str(config.seed), "--out", str(catalogue)])
     with clock.stage("build"):
-        # Fetched by URL from a server on loopback, as the pictures of a real catalogue would be.
+        # Fetched by URL from a server on loopback, as the images of a real catalogue would be.
         serve = ["--group-by", "product_code", "--serve-dir", str(catalogue)]
         _run(["shards", "build", table, "--out", str(dataset), *serve])
     with clock.stage("train"):
@@ -67,7 +65,7 @@ def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
         code = launch_local(config_path, overrides)
     if code != DONE:
         console.print(
-            f"Training ended with exit code {code}; run the demo again to go on from its checkpoint."
+            f"Training ended with exit code {code}; run the demo again to resume from its checkpoint."
         )
         return code
     with clock.stage("evaluate"):
@@ -97,7 +95,9 @@ def run_demo(config_path: str, rows: int, overrides: Sequence[str]) -> int:
 
 
 def _evaluate(run_dir: Path, dataset: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The scores of the first weights and of the trained ones; both at once, a core each."""
+    """The scores of the initial and of the trained weights. Both evaluations run at the same time, on a
+    core each.
+    """
     outs = [run_dir / "eval" / "before", run_dir / "eval" / "after"]
     commands = [
         ["evaluate", str(run_dir / "init"), str(dataset), "--no-swap", "--out", str(outs[0])],
@@ -115,10 +115,10 @@ def _evaluate(run_dir: Path, dataset: Path) -> tuple[dict[str, Any], dict[str, A
 
 
 def _ask(export: Path, dataset: Path, catalogue: Path) -> str:
-    """Loads the export in a new process and shows it one picture of the val split."""
+    """Loads the export in a new process and asks it about one image of the val split; returns the answer."""
     record = read_index(str(dataset), "val", ["messages", "meta"]).slice(0, 1).to_pylist()[0]
-    picture = catalogue / "images" / json.loads(record["meta"])["imageurl"].rsplit("/", 1)[-1]
-    command = ["ask", str(export), str(picture), "--prompt", record["messages"][0]["content"]]
+    image = catalogue / "images" / json.loads(record["meta"])["imageurl"].rsplit("/", 1)[-1]
+    command = ["ask", str(export), str(image), "--prompt", record["messages"][0]["content"]]
     _show(command)
     process = _start(command, subprocess.PIPE)
     answer = process.communicate()[0].strip()
@@ -144,7 +144,7 @@ def _train_facts(config: RunConfig) -> dict[str, Any]:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """Runs `phi3v ARGUMENTS` in a process of its own, its output shown."""
+    """Runs `phi3v ARGUMENTS` in another process and shows its output."""
     _show(arguments)
     process = _start(arguments, None)
     process.communicate()
@@ -169,7 +169,7 @@ def _check(arguments: Sequence[str], process: subprocess.Popen[str], output: str
 
 
 class StageError(RuntimeError):
-    """A stage failed; it has said why itself. code: its exit code."""
+    """A stage failed, and its own output says why. code: its exit code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message.strip())
@@ -185,7 +185,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class _Clock:
-    """Says each stage aloud and keeps the seconds of all, those of a killed demo included."""
+    """Prints the name of each stage and records the seconds of all, including those of a demo that was
+    killed.
+    """
 
     def __init__(self, path: Path, console: Console) -> None:
         self.seconds: dict[str, float] = _read(path)
@@ -208,7 +210,7 @@ def _print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("baseline", "constant answer"),
         ("before", "before training"),
         ("after", "after training"),
-        ("after_shuffled_images", "after, pictures swapped"),
+        ("after_shuffled_images", "after, images swapped"),
     ):
         scores = summary[key]
         mae = "-" if scores["price_mae"] is None else f"{scores['price_mae']:.2f}"

@@ -15,13 +15,16 @@ from phi3v_dist.config import TrainConfig, load_config
 from shards.common.errors import BadInputError
 
 STOP_LEAD_S = 300
-"""Seconds before the time limit at which Slurm sends SIGUSR1: at least the longest step plus the longest save."""
+"""Seconds before the time limit at which Slurm sends SIGUSR1: at least the longest step plus the longest
+save.
+"""
 GRACE_S = 240
 """Seconds that ranks have after a stop signal; less than STOP_LEAD_S and POD_GRACE_S."""
 POD_GRACE_S = 300
 """Seconds that Kubernetes waits between SIGTERM and SIGKILL."""
 JOIN_TIMEOUT_S = 3600
-"""Seconds that a node waits for the others, for instance for a pod whose machine is still being provisioned."""
+"""Seconds that a node waits for the others, for instance for a pod whose machine is still being provisioned.
+"""
 MAX_STARTS = 4
 """A node gives up after this many starts without a new checkpoint."""
 NAME_LIMIT = 40
@@ -32,9 +35,9 @@ NAME_LIMIT = 40
 class JobSize:
     """How large a job is, the same for every scheduler.
 
-    nodes: machines. gpus_per_node: ranks on each node. cpu_processes: ranks on each node of a run without GPUs;
-    if it is not 0, gpus_per_node does not count. memory_gb_per_node: GiB of host memory, None for the default of
-    `memory_gb`. minutes: time limit, None for that of the scheduler.
+    nodes: machines. gpus_per_node: ranks on each node. cpu_processes: ranks on each node of a run without
+    GPUs; if it is not 0, gpus_per_node does not count. memory_gb_per_node: GiB of host memory, None for the
+    default of `memory_gb`. minutes: time limit, None for that of the scheduler.
     """
 
     nodes: int = 1
@@ -75,8 +78,9 @@ class JobSize:
 
     @property
     def memory_gb(self) -> int:
-        """GiB of host memory of a node. Default: 100, and 100 for each rank (data workers, /dev/shm, the copy of a
-        checkpoint that is being written)."""
+        """GiB of host memory of a node. Default: 100, and 100 for each rank (data workers, /dev/shm, the copy
+        of a checkpoint that is being written).
+        """
         return self.memory_gb_per_node or 100 * (1 + self.processes_per_node)
 
 
@@ -108,8 +112,8 @@ def describe_job(
 
 
 def check_batch(size: JobSize, train: TrainConfig, sp: int) -> None:
-    """Raises BadInputError if the rows of a step cannot be shared by the job's groups of `sp` ranks. It is better
-    to know that now than after a wait in the queue.
+    """Raises BadInputError if the rows of a step cannot be shared by the job's groups of `sp` ranks. It is
+    better to know that now than after a wait in the queue.
     """
     ranks = size.nodes * size.processes_per_node
     shown = f"{size.nodes} x {size.processes_per_node} = {ranks} ranks"
@@ -123,8 +127,8 @@ class Membership:
     """A node's place in a job.
 
     nodes: machines of the job. node_rank: of this one; 0 hosts the rendezvous. processes: ranks on each node.
-    host, port: of the rendezvous. run_id: equal on all nodes of a job, different between jobs. address: of this
-    node as the others reach it, None for its host name.
+    host, port: of the rendezvous. run_id: equal on all nodes of a job, different between jobs. address: of
+    this node as the others reach it, None for its host name.
     """
 
     nodes: int
@@ -142,8 +146,8 @@ def single_node(processes: int) -> Membership:
 
 
 def torchrun_options(member: Membership) -> list[str]:
-    """torchrun's options for one node. torchrun does not restart the ranks, launch.cluster does: torchrun would also
-    restart a run that diverged or that asked to be requeued.
+    """torchrun's options for one node. torchrun does not restart the ranks, launch.cluster does: torchrun
+    would also restart a run that diverged or that asked to be requeued.
     """
     if member.nodes == 1:
         local = ["--standalone", "--local-addr", "127.0.0.1"]

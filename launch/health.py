@@ -1,8 +1,8 @@
 """`phi3v launch check-node CONFIG`: a short check on every node, before the ranks start, that it can train.
 
 In: config, overrides, the scheduler's environment. Out: lines on standard output that slurm/train.sh reads
-(`run_dir PATH` and `refused` from the first node, `unhealthy NODE REASON`), and an exit code. It does not import
-torch, so it takes about a second.
+(`run_dir PATH` and `refused` from the first node, `unhealthy NODE REASON`), and an exit code. It does not
+import torch, so it takes about a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ SIGBUS."""
 
 
 def check_node(config_path: str, overrides: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Prints what is wrong with the job (only on the first node) or with this node; returns DONE, USAGE or UNHEALTHY."""
+    """Prints what is wrong with the job (only on the first node) or with this node; returns DONE, USAGE or
+    UNHEALTHY.
+    """
     is_first = environment.get("SLURM_NODEID", "0") == "0"
     try:
         config = load_run(config_path, overrides)
@@ -59,8 +61,8 @@ def node_name(environment: Mapping[str, str]) -> str:
 def faults_here(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
     """One line for each fault of this node because of which it cannot train.
 
-    Raises BadInputError for a fault of the job, which another node would not fix: no GPUs were granted, or the first
-    node cannot write to the run directory.
+    Raises BadInputError for a fault of the job, which another node would not fix: no GPUs were granted, or
+    the first node cannot write to the run directory.
     """
     gpus = membership(environment).processes if uses_gpus(environment) else 0
     faults = []
@@ -78,7 +80,9 @@ def faults_here(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
 
 
 def command_fault(command: str, limit_s: float = 120.0) -> str | None:
-    """What a shell command prints if it fails, or that it did not end within `limit_s` seconds; None if it succeeds."""
+    """What a shell command prints if it fails, or that it did not end within `limit_s` seconds; None if it
+    succeeds.
+    """
     process = subprocess.Popen(
         ["bash", "-c", command],
         stdout=subprocess.PIPE,

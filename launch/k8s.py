@@ -22,8 +22,8 @@ from shards.common.shipped import shipped
 def describe(
     config_path: str, overrides: Sequence[str], size: JobSize, *, image: str = IMAGE
 ) -> JobDescription:
-    """The job of a config on Kubernetes: data under /data, run directories under /runs, unless an override says
-    otherwise.
+    """The job of a config on Kubernetes: data under /data, run directories under /runs, unless an override
+    says otherwise.
 
     Raises BadInputError: config not usable, size not possible, a run name that makes no object name.
     """
@@ -56,7 +56,8 @@ def launch_k8s(
 ) -> int:
     """Prints the objects of a run, writes them to the directory `out`, or applies them with kubectl.
 
-    Raises BadInputError: config or size not usable, no kubectl, the example image with `apply`, kubectl failed.
+    Raises BadInputError: config or size not usable, no kubectl, the example image with `apply`, kubectl
+    failed.
     """
     job = describe(config_path, overrides, size, image=image)
     texts = render(manifests(job, shipped(Path(config_path)).read_text(), options))

@@ -1,7 +1,7 @@
 """`phi3v launch local`: the run of one config on this machine, on its GPUs or on CPU processes.
 
-In: config path, overrides, number of processes. Out: an exit code of phi3v_dist.exits. No process is left running,
-however the run ends.
+In: config path, overrides, number of processes. Out: an exit code of phi3v_dist.exits. No process is left
+running, however the run ends.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def launch_local(
 ) -> int:
     """Trains on this machine; returns the exit code.
 
-    processes: ranks to start; default: one per visible GPU, else CPU_PROCESSES, at most one per core. debug: one
-    process without torchrun that keeps the standard input, so that `breakpoint()` works. Raises BadInputError:
-    config not usable, more processes than GPUs.
+    processes: ranks to start; default: one per visible GPU, else CPU_PROCESSES, at most one per core. debug:
+    one process without torchrun that keeps the standard input, so that `breakpoint()` works. Raises
+    BadInputError: config not usable, more processes than GPUs.
     """
     config = load_run(config_path, overrides)
     gpus = visible_gpus()
@@ -58,8 +58,8 @@ def launch_local(
 
 
 def launch_here(arguments: Sequence[str], processes: int) -> int:
-    """Runs `phi3v ARGUMENTS` as `processes` ranks on this machine; returns the exit code of the first rank that
-    failed, else 0. Raises BadInputError for more processes than GPUs, if there are GPUs.
+    """Runs `phi3v ARGUMENTS` as `processes` ranks on this machine; returns the exit code of the first rank
+    that failed, else 0. Raises BadInputError for more processes than GPUs, if there are GPUs.
     """
     gpus = visible_gpus()
     if gpus and processes > gpus:
@@ -72,7 +72,9 @@ def launch_here(arguments: Sequence[str], processes: int) -> int:
 
 
 def visible_gpus() -> int:
-    """Number of GPUs this process may use: those of CUDA_VISIBLE_DEVICES if set, else all that the driver lists."""
+    """Number of GPUs this process may use: those of CUDA_VISIBLE_DEVICES if set, else all that the driver
+    lists.
+    """
     try:
         listed = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True

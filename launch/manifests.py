@@ -1,8 +1,8 @@
-"""The Kubernetes objects of a run, for the Kubeflow training operator (v1, PyTorchJob) or for its successor, the
-Kubeflow Trainer (v2, TrainJob).
+"""The Kubernetes objects of a run, for the Kubeflow training operator (v1, PyTorchJob) or for its successor,
+the Kubeflow Trainer (v2, TrainJob).
 
-In: the job's description and the text of its config file. Out: objects by file name, or their YAML. k8s/ in this
-repository is what `render` makes for the default arguments; a test compares them.
+In: the job's description and the text of its config file. Out: objects by file name, or their YAML. k8s/ in
+this repository is what `render` makes for the default arguments; a test compares them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Object = dict[str, Any]
 class KubernetesOptions:
     """Where the job runs.
 
-    namespace: of all objects. data_size, runs_size: quantities of the claims, such as "1Ti". operator: v1 makes a
-    PyTorchJob, v2 a TrainJob with its TrainingRuntime.
+    namespace: of all objects. data_size, runs_size: quantities of the claims, such as "1Ti". operator: v1
+    makes a PyTorchJob, v2 a TrainJob with its TrainingRuntime.
     """
 
     namespace: str = NAMESPACE
@@ -66,8 +66,8 @@ def manifests(job: JobDescription, config_text: str, options: KubernetesOptions)
 
 
 def namespace(options: KubernetesOptions) -> Object:
-    """The namespace. Its pods must meet the security level baseline, not restricted: the init container of the
-    operator does not meet that.
+    """The namespace. Its pods must meet the security level baseline, not restricted: the init container of
+    the operator does not meet that.
     """
     level = "pod-security.kubernetes.io"
     labels = {f"{level}/enforce": "baseline", f"{level}/warn": "restricted"}
@@ -103,8 +103,8 @@ def config_map(job: JobDescription, config_text: str, options: KubernetesOptions
 
 
 def pytorch_job(job: JobDescription, options: KubernetesOptions) -> Object:
-    """Node 0 as Master, the others as Worker; their pods are equal. By the restart policy ExitCode a pod that ends
-    with 128 or more (stopped, killed, its node lost) is replaced; a lower exit code fails the job.
+    """Node 0 as Master, the others as Worker; their pods are equal. By the restart policy ExitCode a pod that
+    ends with 128 or more (stopped, killed, its node lost) is replaced; a lower exit code fails the job.
     """
     replicas = {"Master": replica(job, 1)}
     if job.size.nodes > 1:
@@ -127,8 +127,9 @@ def replica(job: JobDescription, count: int) -> Object:
 
 
 def training_runtime(job: JobDescription, options: KubernetesOptions) -> Object:
-    """The pods of a TrainJob. A pod that ends with the code for a crash, bad input or a diverged run fails the job. Any
-    other pod is replaced, and a drained or preempted pod does not count towards the backoff limit.
+    """The pods of a TrainJob. A pod that ends with the code for a crash, bad input or a diverged run fails
+    the job. Any other pod is replaced, and a drained or preempted pod does not count towards the backoff
+    limit.
     """
     template = pod_template(job, TRAINER_CONTAINER)
     template["spec"]["restartPolicy"] = "Never"  # the Job replaces pods; podFailurePolicy asks for it
@@ -168,7 +169,9 @@ def training_runtime(job: JobDescription, options: KubernetesOptions) -> Object:
 
 
 def train_job(job: JobDescription, options: KubernetesOptions) -> Object:
-    """The job on that runtime. It gives the number of processes, because the Trainer's default is the word "auto"."""
+    """The job on that runtime. It gives the number of processes, because the Trainer's default is the word
+    "auto".
+    """
     return {
         "apiVersion": TRAINER_API,
         "kind": "TrainJob",

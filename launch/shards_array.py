@@ -1,7 +1,8 @@
-"""`phi3v launch shards`: a Slurm job array over the tasks of `phi3v shards build`, and a job that closes the dataset.
+"""`phi3v launch shards`: a Slurm job array over the tasks of `phi3v shards build`, and a job that closes the
+dataset.
 
-The same as slurm/shards.sh, from Python through submitit: tasks that are preempted or reach their time limit go back
-into the queue and resume after their last finished partition.
+The same as slurm/shards.sh, from Python through submitit: tasks that are preempted or reach their time limit
+go back into the queue and resume after their last finished partition.
 
 In: the arguments of `phi3v shards build`, the size of the array. Out: job ids.
 """
@@ -36,7 +37,9 @@ class ShardsTask:
     words: tuple[str, ...]
 
     def __call__(self) -> int:
-        """Raises RuntimeError if the command fails, so that Slurm sees a failed job; its own message is in the log."""
+        """Raises RuntimeError if the command fails, so that Slurm sees a failed job; its own message is in
+        the log.
+        """
         done = subprocess.run([sys.executable, "-c", _PHI3V, *self.words], check=False)
         if done.returncode:
             raise RuntimeError(f"phi3v {' '.join(self.words[:2])} ended with exit code {done.returncode}")
@@ -51,7 +54,9 @@ class ShardsTask:
 
 @dataclass(frozen=True)
 class ArraySize:
-    """tasks: jobs in the array; each builds its part of the dataset. cpus: cores of a task. minutes: its time limit."""
+    """tasks: jobs in the array; each builds its part of the dataset. cpus: cores of a task. minutes: its time
+    limit.
+    """
 
     tasks: int
     cpus: int = 2
@@ -78,11 +83,12 @@ def launch_shards(
     options: SlurmOptions = DEFAULTS,
     show: bool = False,
 ) -> int:
-    """Submits an array whose tasks run `phi3v shards build SOURCE --out OUT MORE`, and after it `shards verify`.
+    """Submits an array whose tasks run `phi3v shards build SOURCE --out OUT MORE`, and after it `shards
+    verify`.
 
-    logs: folder of submitit's files and the logs, on a disk that all nodes see. show: prints the batch script of the
-    array and submits nothing. Raises BadInputError: --task, --out or --retry-failed among `more`, no sbatch, Slurm
-    refused.
+    logs: folder of submitit's files and the logs, on a disk that all nodes see. show: prints the batch script
+    of the array and submits nothing. Raises BadInputError: --task, --out or --retry-failed among `more`, no
+    sbatch, Slurm refused.
     """
     taken = [word for word in more if word.split("=")[0] in ("--task", "--out", "--retry-failed")]
     if taken:

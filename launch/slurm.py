@@ -1,7 +1,7 @@
 """`phi3v launch slurm`: submits a run with submitit, one task per node, from a snapshot of the code.
 
-In: config, overrides, the job's size, options of sbatch. Out: job ids, or with `wait` the exit code of the run.
-What a task does on its node is in launch.slurm_task.
+In: config, overrides, the job's size, options of sbatch. Out: job ids, or with `wait` the exit code of the
+run. What a task does on its node is in launch.slurm_task.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ ONE_DAY = 24 * 60
 class SlurmOptions:
     """What sbatch is told besides the size.
 
-    more: any other of its options, without dashes ("constraint": "h100"). lead_s: seconds before the time limit at
-    which the ranks are told to stop.
+    more: any other of its options, without dashes ("constraint": "h100"). lead_s: seconds before the time
+    limit at which the ranks are told to stop.
     """
 
     partition: str | None = None
@@ -71,8 +71,9 @@ def launch_slurm(
 ) -> int:
     """Submits the run, or one run per combination of `sweep` ("train.lr=1e-5,2e-5") as a job array.
 
-    wait: follows the log until the job ends (Ctrl-C cancels it) and returns its exit code. show: prints the batch
-    script and submits nothing. Raises BadInputError: config or size not usable, no sbatch, Slurm refused.
+    wait: follows the log until the job ends (Ctrl-C cancels it) and returns its exit code. show: prints the
+    batch script and submits nothing. Raises BadInputError: config or size not usable, no sbatch, Slurm
+    refused.
     """
     size = size if size.minutes is not None else replace(size, minutes=ONE_DAY)
     runs = combinations(config_path, overrides, sweep)
@@ -135,7 +136,9 @@ def combinations(config_path: str, overrides: Sequence[str], sweep: Sequence[str
 
 
 def slurm_executor(folder: Path) -> Any:
-    """submitit's executor. folder: for its files and the logs. Raises BadInputError where there is no sbatch."""
+    """submitit's executor. folder: for its files and the logs. Raises BadInputError where there is no
+    sbatch.
+    """
     if shutil.which("sbatch") is None:
         raise BadInputError("no sbatch on the PATH: submit from a login node of the cluster")
     from submitit import SlurmExecutor
@@ -151,8 +154,8 @@ def refused(error: Exception) -> BadInputError:
 def batch_script(folder: Path, parameters: Mapping[str, Any], *, tasks: int | None = None) -> str:
     """The script as submitit 1.5.4 would write it. tasks: size of the array, None for a single job.
 
-    `_make_sbatch_string` is private, but submitit has no public way to see the script: its executor needs an srun
-    on this machine.
+    `_make_sbatch_string` is private, but submitit has no public way to see the script: its executor needs an
+    srun on this machine.
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
@@ -162,7 +165,8 @@ def batch_script(folder: Path, parameters: Mapping[str, Any], *, tasks: int | No
 
 
 def batch_parameters(job: JobDescription, snapshot: Path, options: SlurmOptions) -> dict[str, Any]:
-    """submitit's parameters for the job: one task per node, and no srun flag that would end it before it has saved.
+    """submitit's parameters for the job: one task per node, and no srun flag that would end it before it has
+    saved.
 
     snapshot: directory with the code that the job runs.
     """
@@ -200,8 +204,8 @@ def batch_parameters(job: JobDescription, snapshot: Path, options: SlurmOptions)
 
 
 def take_snapshot(run_dir: Path) -> Path:
-    """Copies the three packages into the run directory, so that a requeued job runs the code that it was submitted
-    with; returns the copy's directory.
+    """Copies the three packages into the run directory, so that a requeued job runs the code that it was
+    submitted with; returns the copy's directory.
     """
     target = run_dir / "code" / time.strftime("%Y%m%d-%H%M%S")
     for package in (launch, phi3v_dist, shards):
@@ -214,7 +218,8 @@ def take_snapshot(run_dir: Path) -> Path:
 def follow(job: Any) -> int:
     """Prints the job's logs as they grow, over all its requeues; returns the exit code of the run.
 
-    The logs of all nodes: rank 0, which reports, is where the rendezvous puts it, not always on the first node.
+    The logs of all nodes: rank 0, which reports, is where the rendezvous puts it, not always on the first
+    node.
     """
     tasks = [job.task(number) for number in range(job.num_tasks)]
     positions = {Path(str(task.paths.stdout)): 0 for task in tasks}

@@ -1,8 +1,10 @@
-"""What a job of `phi3v launch slurm` does on each node: it checks the node, runs the ranks, and requeues the job.
+"""What a job of `phi3v launch slurm` does on each node: it checks the node, runs the ranks, and requeues the
+job.
 
 In: config, overrides, Slurm's environment variables. Out: the exit code of the run as submitit's result. The
-ranks are started by launch.cluster, as under slurm/train.sh. Requeueing is done here after all ranks have saved;
-submitit's own way would save on rank 0 alone, inside a signal handler, while the other ranks wait in a collective.
+ranks are started by launch.cluster, as under slurm/train.sh. Requeueing is done here after all ranks have
+saved; submitit's own way would save on rank 0 alone, inside a signal handler, while the other ranks wait in a
+collective.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ class NodeTask:
 
 
 def requeue_or_end(code: int, environment: Mapping[str, str], exclude: str = "") -> int:
-    """Requeues the job, without the node `exclude` if one is given. If launch/requeue.sh says that the job must not
-    be requeued, the task ends with `code`.
+    """Requeues the job, without the node `exclude` if one is given. If launch/requeue.sh says that the job
+    must not be requeued, the task ends with `code`.
     """
     _on_stop_signals(signal.SIG_IGN)  # Slurm now ends this task, and kills it after KillWait seconds
     if subprocess.run(["bash", str(REQUEUE), "may"], env=environment, check=False).returncode:

@@ -1,5 +1,5 @@
-"""Exit codes of every phi3v process, the exceptions that end a run with one of them, and the file from which a
-launcher reads the code.
+"""Exit codes of every phi3v process, the exceptions that end a run with one of them, and the file from which
+a launcher reads the code.
 
 torchrun exits with 1 whatever the exit codes of its ranks are. Therefore rank 0 writes its code into the run
 directory, and launchers read it there.
@@ -32,7 +32,9 @@ class PreemptedError(RuntimeError):
 
 
 class LostRankError(RuntimeError):
-    """A peer died or does not answer; the message names its rank. A restart resumes from the last checkpoint."""
+    """A peer died or does not answer; the message names its rank. A restart resumes from the last
+    checkpoint.
+    """
 
 
 def record_exit(run_dir: Path, code: int, reason: str) -> None:

@@ -1,8 +1,8 @@
-"""One row of a run again: what a rank saw in a step, and what a model makes of it.
+"""Replays one packed row of a run: what a rank saw in a step, and the loss of a model on it.
 
-In: a run's configuration and a place (step, rank, accumulation step), as `logs/rows-rank-N.jsonl` names it.
-Out: the row's samples with keys, text and shapes, and its loss under a checkpoint. No process group, no GPU
-needed. Called by `phi3v debug row`.
+In: a run's configuration and a place (step, rank, accumulation step), as in `logs/rows-rank-N.jsonl`. Out:
+the row's samples with keys, texts and shapes, and its loss under a checkpoint. It needs neither a process
+group nor a GPU.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from phi3v_dist.run.layout import DATA
 from phi3v_dist.tracking.starts import first_row_of_step
 from shards.common.errors import BadInputError
 
-_SHOWN = 400  # characters of a text
+_SHOWN = 400  # characters of each text
 _ARRAYS = ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles", "grids", "image_positions")
 
 
 @dataclass(frozen=True)
 class Place:
-    """step: optimizer steps done before it. rank: of `ranks` data-parallel ones. micro: accumulation step."""
+    """Which packed row. step: optimizer steps done before it. rank: data-parallel rank, of `ranks`. micro:
+    accumulation step.
+    """
 
     step: int
     rank: int
@@ -43,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Replayed:
-    """keys: of the samples, in the order of the row."""
+    """keys: of the samples, in the order of the row. loaded: the row. maker: what loaded it."""
 
     place: Place
     keys: tuple[str, ...]
@@ -52,17 +54,19 @@ class Replayed:
 
 
 def replay(config: RunConfig, place: Place) -> Replayed:
-    """The row of `place`, read and decoded as in training.
+    """The packed row of `place`, read and decoded as in training.
 
-    Raises BadInputError for a place that the run does not have.
+    Raises BadInputError for a step, rank or accumulation step that the run does not have.
     """
     each = config.train.rows_each(place.ranks)
     if not (0 <= place.rank < place.ranks and 0 <= place.micro < each and place.step >= 0):
         raise BadInputError(
-            f"{place.ranks} ranks with {each} rows each a step have no rank {place.rank}, row "
-            f"{place.micro} of step {place.step}"
+            f"a step of {place.ranks} ranks with {each} rows each has no row {place.micro} of rank "
+            f"{place.rank} in step {place.step}"
         )
-    with tempfile.TemporaryDirectory() as scratch:  # one that training has made of other data stays as it is
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # a tokenizer that training has made from other data is not replaced
         tokens = load_tokenizer(tokenizer_dir(config, Path(scratch)))
     data = prepare_data(
         config, tokens, model_config_of(config).tile, directory=config.run_dir / DATA, writer=False
@@ -84,7 +88,7 @@ def replay(config: RunConfig, place: Place) -> Replayed:
 
 
 def describe(replayed: Replayed) -> Iterator[str]:
-    """Lines: the row as a whole, then each sample with its key, size and text."""
+    """Lines of text: the row with its arrays, then each sample with its key, size, text and targets."""
     row, place = replayed.loaded.row, replayed.place
     yield (
         f"step {place.step}, rank {place.rank} of {place.ranks}, row {place.micro}: "
@@ -99,17 +103,19 @@ def describe(replayed: Replayed) -> Iterator[str]:
     bounds = row.cu_seqlens.tolist()
     for key, start, end in zip(replayed.keys, bounds, bounds[1:], strict=False):
         ids, labels = row.input_ids[start:end], row.labels[start:end]
-        pictures = int((ids < 0).sum())
+        image_tokens = int((ids < 0).sum())
         text = replayed.maker.tokenizer.decode(ids[ids >= 0].tolist())
         answer = replayed.maker.tokenizer.decode(labels[labels >= 0].tolist())
-        yield f"{key}: {end - start} tokens, {pictures} of pictures, {int((labels >= 0).sum())} targets"
+        yield f"{key}: {end - start} tokens, {image_tokens} of images, {int((labels >= 0).sum())} targets"
         yield f"  text    {_short(text)}"
         yield f"  targets {_short(answer)}"
 
 
 def row_loss(replayed: Replayed, model: str | Path) -> float:
-    """The mean loss of the row's targets under a run's newest checkpoint, a checkpoint, or a model
-    directory.
+    """The loss (nats per target token) of the row under a model, in float32 on the CPU.
+
+    model: a run (its newest checkpoint), a checkpoint, or a model directory. Raises BadInputError if it is
+    none of these.
     """
     restored = restore(find_source(model), "cpu", torch.float32)
     with torch.no_grad():
@@ -118,7 +124,7 @@ def row_loss(replayed: Replayed, model: str | Path) -> float:
 
 
 def write(replayed: Replayed, out: Path) -> Path:
-    """OUT/row-STEP-RANK-MICRO.npz: the row's arrays and the keys; returns it."""
+    """Writes the row's arrays and the keys to OUT/row-STEP-RANK-MICRO.npz. Out: that path."""
     place, row = replayed.place, replayed.loaded.row
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"row-{place.step}-{place.rank}-{place.micro}.npz"

@@ -47,6 +47,7 @@ def test_it_holds_every_module_and_recipe(wheel: Path) -> None:
     for package in ("launch", "phi3v_dist", "shards"):
         for file in (ROOT / package).rglob("*.py"):
             assert file.relative_to(ROOT).as_posix() in names, f"{file}: not in pyproject.toml's packages"
+    assert "launch/requeue.sh" in names, "phi3v launch slurm runs it"
     recipes = [name.split("share/phi3v-dist/")[1] for name in names if "share/phi3v-dist/" in name]
     assert sorted(recipes) == sorted(
         file.relative_to(ROOT).as_posix() for file in ROOT.glob("configs/**/*.yaml")

@@ -1,7 +1,7 @@
-"""The arguments that many commands share, and what the shell offers for them when the user presses Tab.
+"""The arguments that several commands share, and their completion in the shell.
 
-In: what has been typed of a word. Out: words it may become. Called by the command line's modules; completion
-must be quick, so it reads names of files and of keys, no file.
+In: the part of a word that has been typed. Out: the words that it may become. Completion must be fast, so it
+looks at names of files and keys and reads no file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _ENDINGS = (".yaml", ".yml")
 
 
 def offer_configs(incomplete: str) -> list[str]:
-    """YAML files and folders that begin with what is typed, here or among the installed recipes. For a folder
-    alone what is in it: behind a word that is the only one the shell would put a space.
+    """YAML files and folders that begin with `incomplete`, in the working directory or among the installed
+    recipes. If only one folder fits, its contents: after the only possible word the shell would add a space.
     """
     folder, slash, start = incomplete.rpartition("/")
     offered = set()
@@ -37,8 +37,8 @@ def offer_configs(incomplete: str) -> list[str]:
 
 
 def offer_keys(incomplete: str) -> list[str]:
-    """Dotted keys of a run's configuration, with their `=`; one alone also with a plain default, so that the
-    shell puts no space behind it.
+    """Dotted keys of the run's config, with their `=`. If only one fits, also with its default, so that the
+    shell adds no space.
     """
     if "=" in incomplete:
         return []
@@ -56,8 +56,8 @@ def offer_keys(incomplete: str) -> list[str]:
                 yield from keys(inner, f"{dotted}.")
 
     found = [each for each in keys(RunConfig) if each[0].startswith(incomplete)]
-    alone = found if len(found) == 1 else []
-    plain = [f"{key}{default}" for key, default in alone if re.fullmatch(r"[\w./+-]+", default)]
+    only = found if len(found) == 1 else []
+    plain = [f"{key}{default}" for key, default in only if re.fullmatch(r"[\w./+-]+", default)]
     return [key for key, _ in found] + plain
 
 
@@ -67,7 +67,7 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="key=value", help="Settings on top of the recipe, such as train.lr=1e-5.",
+        metavar="key=value", help="Settings that override the recipe, such as train.lr=1e-5.",
         autocompletion=offer_keys,
     ),
 ]  # fmt: skip

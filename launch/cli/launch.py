@@ -1,13 +1,10 @@
-"""The subcommands of `phi3v launch`, thin: each imports its launcher and returns its exit code.
-
-Mounted by launch.cli.main as `phi3v launch`; BadInputError escapes to it, which prints one line and exits 2.
-"""
+"""`phi3v launch ...` and `phi3v doctor`: each command imports its launcher and returns its exit code."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +16,7 @@ Partition = Annotated[str | None, typer.Option(help="Slurm partition.")]
 Account = Annotated[str | None, typer.Option(help="Slurm account.")]
 Qos = Annotated[str | None, typer.Option(help="Slurm QOS.")]
 Sbatch = Annotated[
-    list[str] | None, typer.Option(help="Other options of sbatch, such as constraint=h100; repeatable.")
+    list[str] | None, typer.Option(help="Any other option of sbatch, such as constraint=h100; repeatable.")
 ]
 
 
@@ -28,9 +25,12 @@ def local(
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", "--processes", help="Ranks (default: every GPU, else 2 on CPU).")
+        int | None,
+        typer.Option("--gpus", "--processes", help="Number of ranks (default: one per GPU, else 2 on CPU)."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="One process in this terminal, for pdb.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Run one process in this terminal, for pdb.")
+    ] = False,
 ) -> None:
     """Train on this machine.
 
@@ -38,7 +38,7 @@ def local(
     """
     from launch.local import launch_local
 
-    raise typer.Exit(launch_local(config, overrides or [], gpus, debug))
+    raise typer.Exit(launch_local(config, overrides or [], gpus, debug=debug))
 
 
 @app.command()
@@ -54,7 +54,7 @@ def node(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("check-node")
 def check_node(config: Config, overrides: Overrides = None) -> None:
-    """Look whether this node is fit for the run (slurm/train.sh calls this on every node).
+    """Check that this node can train (slurm/train.sh calls this on every node).
 
     Example: phi3v launch check-node configs/burberry.yaml
     """
@@ -67,40 +67,41 @@ def check_node(config: Config, overrides: Overrides = None) -> None:
 def slurm(
     config: Config,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, on each.")] = 8,
-    cpu_processes: Annotated[int, typer.Option(help="Ranks on each without GPUs.")] = 0,
-    minutes: Annotated[int, typer.Option(help="Time limit; the run requeues itself before it.")] = 24 * 60,
-    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="Cores for each GPU.")] = 8,
+    nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each machine; one rank per GPU.")] = 8,
+    cpu_processes: Annotated[int, typer.Option(help="Ranks on each machine for a run without GPUs.")] = 0,
+    minutes: Annotated[
+        int, typer.Option(help="Time limit in minutes; before it the run requeues itself.")
+    ] = 24 * 60,
+    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="CPU cores for each GPU.")] = 8,
     partition: Partition = None,
     account: Account = None,
     qos: Qos = None,
     sbatch: Sbatch = None,
     sweep: Annotated[
-        list[str] | None, typer.Option(help="key=value,value: a job array, one run each; repeatable.")
+        list[str] | None,
+        typer.Option(help="key=value,value submits a job array with one run per value; repeatable."),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the log; Ctrl-C cancels the job.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print the batch script, submit nothing.")] = False,
 ) -> None:
-    """Submit to Slurm with submitit, from a snapshot of the code.
+    """Submit a run to Slurm with submitit, from a snapshot of the code.
 
     Example: phi3v launch slurm configs/burberry.yaml --nodes 2 --gpus-per-node 8 --print
     """
+    from launch.description import JobSize
     from launch.slurm import SlurmOptions, launch_slurm
 
     options = SlurmOptions(partition=partition, account=account, qos=qos, more=_more(sbatch))
+    size = JobSize(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        cpu_processes=cpu_processes,
+        cpus_per_gpu=cpus_per_gpu,
+        minutes=minutes,
+    )
     code = launch_slurm(
-        config,
-        overrides or [],
-        nodes,
-        gpus_per_node,
-        cpu_processes,
-        minutes,
-        cpus_per_gpu,
-        options,
-        sweep or [],
-        wait,
-        show,
+        config, overrides or [], size, options=options, sweep=sweep or [], wait=wait, show=show
     )
     raise typer.Exit(code)
 
@@ -110,9 +111,11 @@ def shards(
     context: typer.Context,
     source: Annotated[str, typer.Argument(help="As for `phi3v shards build`.")],
     out: Annotated[str, typer.Option(help="Directory of the dataset that all nodes see, or a URL.")],
-    tasks: Annotated[int, typer.Option(help="Jobs in the array; each builds its part.")] = 8,
-    cpus: Annotated[int, typer.Option(help="Cores of a task.")] = 2,
-    minutes: Annotated[int, typer.Option(help="Time limit of a task; it goes on in a new job.")] = 24 * 60,
+    tasks: Annotated[int, typer.Option(help="Jobs in the array; each builds its part of the dataset.")] = 8,
+    cpus: Annotated[int, typer.Option(help="CPU cores of a task.")] = 2,
+    minutes: Annotated[
+        int, typer.Option(help="Time limit of a task in minutes; the task then resumes in a new job.")
+    ] = 24 * 60,
     logs: Annotated[str, typer.Option(help="Folder for logs and submitit's files.")] = "logs/shards",
     partition: Partition = None,
     account: Account = None,
@@ -120,19 +123,37 @@ def shards(
     sbatch: Sbatch = None,
     show: Annotated[bool, typer.Option("--print", help="Print the batch script, submit nothing.")] = False,
 ) -> None:
-    """Build shards as a Slurm job array with submitit; other options go to `phi3v shards build`.
+    """Build shards as a Slurm job array with submitit; other options are passed to `phi3v shards build`.
 
     Example: phi3v launch shards products.csv --out /shared/products --tasks 16 --group-by product_code
     """
-    from launch.shards_array import launch_shards
+    from launch.shards_array import ArraySize, launch_shards
     from launch.slurm import SlurmOptions
 
     options = SlurmOptions(partition=partition, account=account, qos=qos, more=_more(sbatch))
-    raise typer.Exit(launch_shards(source, out, context.args, tasks, cpus, minutes, logs, options, show))
+    _check_build([source, "--out", out, *context.args])
+    size = ArraySize(tasks, cpus, minutes)
+    code = launch_shards(source, out, context.args, size=size, logs=logs, options=options, show=show)
+    raise typer.Exit(code)
+
+
+def _check_build(words: list[str]) -> None:
+    """Raises BadInputError if `phi3v shards build` would refuse these words. It is better to know that now
+    than in every task.
+    """
+    from launch.cli.shards import app as shards_app
+    from shards.common.errors import BadInputError
+
+    command: Any = typer.main.get_command(shards_app)
+    usage_error: Any = typer.BadParameter.__base__  # of the click that typer contains
+    try:
+        command.commands["build"].make_context("build", [*words, "--task", "0/1"])
+    except usage_error as error:
+        raise BadInputError(f"shards build: {error.format_message()}") from error
 
 
 def _more(sbatch: list[str] | None) -> dict[str, str]:
-    """option=value, ... as a mapping."""
+    """The entries `option=value` as a mapping. Raises BadInputError for another form."""
     from shards.common.errors import BadInputError
 
     more = {}
@@ -148,12 +169,12 @@ def _more(sbatch: list[str] | None) -> dict[str, str]:
 def k8s(
     config: Config,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(help="Machines: one Master and the rest Workers.")] = 2,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, on each.")] = 8,
+    nodes: Annotated[int, typer.Option(help="Number of machines: one Master, the others Workers.")] = 2,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each machine; one rank per GPU.")] = 8,
     image: Annotated[str, typer.Option(help="Container image built from the Dockerfile.")] = "",
-    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="Cores for each GPU.")] = 8,
+    cpus_per_gpu: Annotated[int, typer.Option(min=1, help="CPU cores for each GPU.")] = 8,
     memory_gb: Annotated[
-        int | None, typer.Option(min=1, help="GiB of host memory of a node (default: 100, and 100 a GPU).")
+        int | None, typer.Option(min=1, help="GiB of host memory of a node (default: 100, plus 100 per GPU).")
     ] = None,
     namespace: Annotated[str, typer.Option(help="Namespace of all objects.")] = "phi3v",
     data_size: Annotated[str, typer.Option(help="Size of the claim for shards and weights.")] = "1Ti",
@@ -163,45 +184,50 @@ def k8s(
         typer.Option(help="v1: training operator, PyTorchJob. v2: Kubeflow Trainer, TrainJob."),
     ] = "v1",
     out: Annotated[Path | None, typer.Option(help="Write the files into this directory.")] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Hand them to kubectl.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Apply them with kubectl.")] = False,
     show: Annotated[bool, typer.Option("--print", help="Print them; the default.")] = False,
 ) -> None:
     """Print or apply the Kubernetes objects of a run.
 
     Example: phi3v launch k8s configs/burberry.yaml --nodes 2 --out manifests
     """
-    from launch.k8s import IMAGE, KubernetesOptions, launch_k8s
+    from launch.description import JobSize
+    from launch.k8s import launch_k8s
+    from launch.manifests import IMAGE, KubernetesOptions
 
-    options = KubernetesOptions(namespace, data_size, runs_size, operator)
-    apply = apply and not show
+    options = KubernetesOptions(
+        namespace=namespace, data_size=data_size, runs_size=runs_size, operator=operator
+    )
+    size = JobSize(
+        nodes=nodes, gpus_per_node=gpus_per_node, cpus_per_gpu=cpus_per_gpu, memory_gb_per_node=memory_gb
+    )
     code = launch_k8s(
         config,
         overrides or [],
-        nodes,
-        gpus_per_node,
-        image or IMAGE,
-        cpus_per_gpu,
-        memory_gb,
-        options,
-        apply,
-        out,
+        size,
+        image=image or IMAGE,
+        options=options,
+        apply=apply and not show,
+        out=out,
     )
     raise typer.Exit(code)
 
 
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(help="Recipe whose data, weights and disk to look at.")
+        str | None, typer.Argument(help="Recipe whose data, weights and disk are checked too.")
     ] = None,
     overrides: Overrides = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Also the Slurm cluster.")] = False,
-    k8s: Annotated[bool, typer.Option("--k8s", help="Also the Kubernetes cluster.")] = False,
-    bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Also time an all-reduce here.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Check the Slurm cluster too.")] = False,
+    k8s: Annotated[bool, typer.Option("--k8s", help="Check the Kubernetes cluster too.")] = False,
+    bandwidth: Annotated[
+        bool, typer.Option("--bandwidth", help="Time an all-reduce on this machine too.")
+    ] = False,
 ) -> None:
-    """Find what would go wrong before it costs GPU hours; exit code 5 if anything would fail.
+    """Find what would go wrong before it costs GPU hours; exit code 5 if something would fail.
 
     Example: phi3v doctor configs/burberry.yaml --slurm
     """
-    from launch.doctor import run_doctor
+    from launch.doctor.report import run_doctor
 
-    raise typer.Exit(run_doctor(config, overrides or [], slurm, k8s, bandwidth))
+    raise typer.Exit(run_doctor(config, overrides or [], slurm=slurm, k8s=k8s, bandwidth=bandwidth))

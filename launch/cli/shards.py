@@ -1,7 +1,7 @@
 """`phi3v shards sample | build | index | verify | inspect`: images and prompts into WebDataset shards.
 
-Each command is thin: it turns flags into options, calls its room of `shards`, prints what came of it. Faults
-of the user's input leave here as BadInputError; `launch.cli.main` makes them exit code 2 and one line.
+Each command turns its flags into options, calls the package `shards`, and prints the result. Bad input raises
+BadInputError, which `launch.cli.main` turns into one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,36 +20,110 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Images and prompts into WebDataset tar shards with an index.")
 
-_PLAIN_LINE_EVERY = 5.0  # seconds, where the output is no terminal
+_PLAIN_LINE_EVERY = 5.0  # seconds, where standard error is not a terminal
 
 SourceArg = Annotated[
     str | None,
     typer.Argument(help="A .csv, .tsv, .jsonl, .json or .parquet file, a folder of images, or hf:NAME."),
 ]
-ImagesOption = Annotated[
-    list[str] | None, typer.Option("--images", help="Column with image paths or URLs; repeat it for several.")
+OutOption = Annotated[str, typer.Option(help="Directory of the dataset, or an s3:// or other fsspec URL.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(help="A YAML file, or the name of one in configs/shards; flags override its values."),
 ]
-PromptOption = Annotated[str | None, typer.Option(help="Template of the question; {column} is filled in.")]
-AnswerOption = Annotated[str | None, typer.Option(help="Template of the reply; {column} is filled in.")]
+ImagesOption = Annotated[
+    list[str] | None, typer.Option("--images", help="Column with image paths or URLs; repeatable.")
+]
+PromptOption = Annotated[
+    str | None, typer.Option(help="Template of the prompt; {column} is replaced by the column's value.")
+]
+AnswerOption = Annotated[
+    str | None, typer.Option(help="Template of the reply; {column} is replaced by the column's value.")
+]
+KeyOption = Annotated[str | None, typer.Option(help="Column whose value becomes part of the samples' keys.")]
 GroupOption = Annotated[
     str | None,
-    typer.Option("--group-by", help="Column whose equal values stay in one split (default: image hash)."),
+    typer.Option("--group-by", help="Column; equal values stay in one split (default: image hash)."),
 ]
-ValOption = Annotated[float, typer.Option(help="Part of the groups that becomes the val split.")]
-SuccessOption = Annotated[float, typer.Option(help="Part of the rows that must be usable.")]
+ImageRootOption = Annotated[
+    str | None, typer.Option(help="Folder or URL that image paths are relative to (default: that of SOURCE).")
+]
+ValOption = Annotated[float, typer.Option(help="Fraction of the groups that becomes the val split.")]
+BuildValOption = Annotated[
+    float | None, typer.Option(help="Fraction of the groups that becomes the val split (default: 0.1).")
+]
+SuccessOption = Annotated[float, typer.Option(help="Fraction of the records that must be usable.")]
+BuildSuccessOption = Annotated[
+    float | None, typer.Option(help="Fraction of the records that must succeed (default: 0.95).")
+]
+ShardSamplesOption = Annotated[
+    int | None, typer.Option(help="Maximum number of samples in a shard (default: 1000).")
+]
+ShardMbOption = Annotated[
+    int | None, typer.Option(help="Maximum size of a shard in MiB (2^20 bytes; default: 256).")
+]
+MaxSideOption = Annotated[
+    int | None, typer.Option(help="Shrink images whose longer side exceeds this number of pixels.")
+]
+ReencodeOption = Annotated[
+    str | None,
+    typer.Option(help="Encode every image again: jpeg:90, webp:80 or png (default: keep the files)."),
+]
+DropOption = Annotated[
+    bool,
+    typer.Option(
+        "--drop-duplicates", help="Leave out samples all of whose images occurred before (in the same task)."
+    ),
+]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="Try the failed records of a complete dataset again.")
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(help="I/N: build only part I of N, counted from 0; `verify` then closes the dataset."),
+]
+PrivateOption = Annotated[
+    bool, typer.Option("--allow-private-hosts", help="Also fetch from private and loopback addresses.")
+]
+DecodeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Images to decode fully instead of only parsing them to their end: fetched (default), all, none."
+    ),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(help="Processes that write shards (default: one per core for a local dataset)."),
+]
+WorkDirOption = Annotated[
+    str | None, typer.Option(help="Local folder for shards on their way to an object store (default: cache).")
+]
+ConcurrencyOption = Annotated[int | None, typer.Option(help="Fetches at the same time (default: 32).")]
+PerHostOption = Annotated[
+    int | None, typer.Option(help="Fetches at the same time from one host (default: 16).")
+]
+RetriesOption = Annotated[
+    int | None, typer.Option(help="Retries after a failure that may be temporary (default: 3).")
+]
+ServeDirOption = Annotated[
+    Path | None,
+    typer.Option(help="Serve this catalogue of `shards sample` on loopback during the build (and allow it)."),
+]
 
 
 @app.command()
 def sample(
     out: Annotated[Path, typer.Option(help="Folder of the catalogue.")] = Path("data/catalogue"),
     rows: Annotated[int, typer.Option(help="Number of products.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Equal seeds, equal bytes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the catalogue; equal seeds make equal bytes.")] = 0,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve it over HTTP on loopback until Ctrl-C.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Port of --serve; 0: that of the last time, or any.")] = 0,
+    port: Annotated[
+        int, typer.Option(help="Port of --serve; 0 takes the port of the last time, or any free port.")
+    ] = 0,
 ) -> None:
-    """Draw a product catalogue (CSV and pictures) to try everything on.
+    """Draw a product catalogue (CSV and images) for trying out everything.
 
     Example: phi3v shards sample --out data/catalogue --rows 2000
     """
@@ -69,81 +143,36 @@ def sample(
 @app.command()
 def build(
     source: SourceArg = None,
-    out: Annotated[str, typer.Option(help="Directory of the dataset, or an s3:// or other fsspec URL.")] = "",
-    recipe: Annotated[
-        str | None, typer.Option(help="A YAML file, or one of configs/shards by name; flags win over it.")
-    ] = None,
+    out: OutOption = "",
+    recipe: RecipeOption = None,
     images: ImagesOption = None,
     prompt: PromptOption = None,
     answer: AnswerOption = None,
-    key: Annotated[str | None, typer.Option(help="Column whose value is put into the samples' keys.")] = None,
+    key: KeyOption = None,
     group_by: GroupOption = None,
-    image_root: Annotated[
-        str | None, typer.Option(help="Folder or URL that image paths start from (default: that of SOURCE).")
-    ] = None,
-    val_fraction: Annotated[
-        float | None, typer.Option(help="Part of the groups for the val split (default: 0.1).")
-    ] = None,
-    shard_samples: Annotated[
-        int | None, typer.Option(help="Most samples of a shard (default: 1000).")
-    ] = None,
-    shard_mb: Annotated[
-        int | None, typer.Option(help="Most megabytes (2^20) of a shard (default: 256).")
-    ] = None,
-    max_side: Annotated[int | None, typer.Option(help="Make larger images smaller, in pixels.")] = None,
-    reencode: Annotated[
-        str | None,
-        typer.Option(help="Make every image anew: jpeg:90, webp:80 or png (default: keep them)."),
-    ] = None,
-    drop_duplicates: Annotated[
-        bool,
-        typer.Option(
-            "--drop-duplicates", help="Leave out samples whose images all came before (in the same task)."
-        ),
-    ] = False,
-    min_success: Annotated[
-        float | None, typer.Option(help="Part of the rows that must succeed (default: 0.95).")
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the failed rows of a complete dataset again.")
-    ] = False,
-    task: Annotated[
-        str | None, typer.Option(help="I/N: only the I-th of N parts, from 0; `verify` closes the set.")
-    ] = None,
-    allow_private_hosts: Annotated[
-        bool, typer.Option("--allow-private-hosts", help="Also fetch from private and loopback addresses.")
-    ] = False,
-    decode: Annotated[
-        str | None,
-        typer.Option(
-            help="Images to decode, not only walk through to their end: fetched (default), all, none."
-        ),
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option(help="That write at the same time (default: as many as cores, if local).")
-    ] = None,
-    work_dir: Annotated[
-        str | None, typer.Option(help="Where shards lie on their way to an object store (default: cache).")
-    ] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Fetches at a time (default: 32).")] = None,
-    per_host: Annotated[int | None, typer.Option(help="Of them at one host (default: 16).")] = None,
-    retries: Annotated[int | None, typer.Option(help="After failures that may pass (default: 3).")] = None,
-    serve_dir: Annotated[
-        Path | None,
-        typer.Option(help="Serve this catalogue of `shards sample` on loopback meanwhile (and allow it)."),
-    ] = None,
+    image_root: ImageRootOption = None,
+    val_fraction: BuildValOption = None,
+    shard_samples: ShardSamplesOption = None,
+    shard_mb: ShardMbOption = None,
+    max_side: MaxSideOption = None,
+    reencode: ReencodeOption = None,
+    drop_duplicates: DropOption = False,
+    min_success: BuildSuccessOption = None,
+    retry_failed: RetryOption = False,
+    task: TaskOption = None,
+    allow_private_hosts: PrivateOption = False,
+    decode: DecodeOption = None,
+    processes: ProcessesOption = None,
+    work_dir: WorkDirOption = None,
+    concurrency: ConcurrencyOption = None,
+    per_host: PerHostOption = None,
+    retries: RetriesOption = None,
+    serve_dir: ServeDirOption = None,
 ) -> None:
-    """Fetch and check the images of SOURCE and write shards; run it again to go on where it stopped.
+    """Fetch and check the images of SOURCE and write shards; run it again to resume where it stopped.
 
     Example: phi3v shards build products.csv --out data/shop --group-by product_code
     """
-    from shards.build import build as build_all
-    from shards.build import build_task
-    from shards.build import retry_failed as build_retry
-    from shards.common.errors import BadInputError
-    from shards.recipes import load_recipe
-    from shards.sample import serve_catalogue
-
     given = {
         "images": images,
         "prompt": prompt,
@@ -166,13 +195,35 @@ def build(
         "per_host": per_host,
         "retries": retries,
     }
-    named, options = load_recipe(recipe, {name: value for name, value in given.items() if value is not None})
+    flags = {name: value for name, value in given.items() if value is not None}
+    _build(source, out, recipe, flags=flags, task=task, retry_failed=retry_failed, serve_dir=serve_dir)
+
+
+def _build(
+    source: str | None,
+    out: str,
+    recipe: str | None,
+    *,
+    flags: dict[str, Any],
+    task: str | None,
+    retry_failed: bool,
+    serve_dir: Path | None,
+) -> None:
+    """The build with the options of a recipe and the flags that override them."""
+    from shards.build import build as build_all
+    from shards.build import build_task
+    from shards.build import retry_failed as build_retry
+    from shards.common.errors import BadInputError
+    from shards.recipes import load_recipe
+    from shards.sample import serve_catalogue
+
+    named, options = load_recipe(recipe, flags)
     source = source or named
     if source is None or not out:
         missing = "--out" if source is not None else "SOURCE (and no recipe that names one)"
-        raise BadInputError(f"{missing} is missing; phi3v shards build SOURCE --out DIR")
+        raise BadInputError(f"{missing} is missing; use phi3v shards build SOURCE --out DIR")
     if task is not None and retry_failed:
-        raise BadInputError("--task with --retry-failed: first close the set with `phi3v shards verify`")
+        raise BadInputError("--task with --retry-failed: first close the dataset with `phi3v shards verify`")
     serving = contextlib.nullcontext() if serve_dir is None else serve_catalogue(serve_dir)
     with serving, _progress("rows") as progress:
         if task is not None:
@@ -180,7 +231,8 @@ def build(
             windows = build_task(source, out, number, tasks, options, progress)
             written = sum(window.samples.total() for window in windows)
             typer.echo(
-                f"{out}: task {task} is done, {written} samples; `phi3v shards verify {out}` closes the set"
+                f"{out}: task {task} is done, {written} samples; "
+                f"`phi3v shards verify {out}` closes the dataset"
             )
             return
         info = (build_retry if retry_failed else build_all)(source, out, options, progress)
@@ -202,7 +254,7 @@ def index(
         str, typer.Argument(help="Directory (or s3:// or other URL) of .tar files in WebDataset form.")
     ],
     images: Annotated[
-        list[str] | None, typer.Option("--images", help="Suffix of the image members; repeat it for several.")
+        list[str] | None, typer.Option("--images", help="Suffix of the image members; repeatable.")
     ] = None,
     prompt: PromptOption = None,
     answer: AnswerOption = None,
@@ -210,10 +262,10 @@ def index(
     val_fraction: ValOption = 0.1,
     min_success: SuccessOption = 0.95,
     work_dir: Annotated[
-        str | None, typer.Option(help="Where tars of an object store are looked at (default: cache).")
+        str | None, typer.Option(help="Local folder for the tars of an object store (default: cache).")
     ] = None,
 ) -> None:
-    """Make index and dataset.json for tars that someone else wrote; the tars stay as they are.
+    """Make index and dataset.json for existing tars in WebDataset form; the tars are not changed.
 
     Example: phi3v shards index data/tars --prompt 'Describe it.' --answer '{txt}'
     """
@@ -235,12 +287,12 @@ def index(
 @app.command()
 def verify(
     directory: Annotated[str, typer.Argument(help="A dataset directory.")],
-    decode: Annotated[float, typer.Option(help="Part of the images to decode, 0 to 1.")] = 0.01,
+    decode: Annotated[float, typer.Option(help="Fraction of the images to decode, 0 to 1.")] = 0.01,
     full: Annotated[bool, typer.Option("--full", help="Decode every image.")] = False,
 ) -> None:
     """Check checksums, tars, index, messages and images; exit code 4 if anything is wrong.
 
-    Where several tasks have built the dataset, it first closes the set.
+    A dataset that several tasks have built is closed first.
 
     Example: phi3v shards verify data/shop --decode 0.1
     """
@@ -265,7 +317,9 @@ def verify(
 @app.command()
 def inspect(
     directory: Annotated[str, typer.Argument(help="A dataset directory.")],
-    html: Annotated[Path | None, typer.Option(help="Also write a page with pictures and histograms.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write an HTML page with images and histograms.")
+    ] = None,
 ) -> None:
     """Print counts, image sizes, text lengths, duplicates and failed rows.
 

@@ -26,7 +26,9 @@ def slurm_cluster() -> Iterator[Finding]:
 
 
 def kubernetes_cluster() -> Iterator[Finding]:
-    """kubectl reaches a cluster with the training operator (v1) or the Trainer (v2) where this user may create jobs."""
+    """kubectl reaches a cluster with the training operator (v1) or the Trainer (v2) where this user may
+    create jobs.
+    """
     if shutil.which("kubectl") is None:
         yield Finding("red", "Kubernetes", "no kubectl on the PATH", "install it")
         return
@@ -45,7 +47,7 @@ def kubernetes_cluster() -> Iterator[Finding]:
     for kind in kinds:
         version_of = "v1" if kind.startswith("pytorch") else "v2: `phi3v launch k8s --operator v2`"
         yield Finding("green", "training operator", version_of)
-        if fault := _kubectl("auth", "can-i", "create", kind, "-n", "phi3v"):
+        if fault := _kubectl("auth", "can-i", "create", kind, "--namespace=phi3v"):
             yield Finding("red", "permission", f"create {kind}: {fault}", "ask the administrator for it")
         else:
             yield Finding("green", "permission", f"create {kind}")

@@ -12,8 +12,8 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. status: green works, yellow works but deserves a look, red will fail. fix: what to do
-    about it, empty where nothing is wrong.
+    """One line of the report. status: green works, yellow works but deserves a look, red will fail. fix: what
+    to do about it, empty where nothing is wrong.
     """
 
     status: Status
@@ -33,7 +33,9 @@ def line(finding: Finding, colour: bool) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """How a command ended. fault: why it failed in one line, None if it succeeded. text: its standard output."""
+    """How a command ended. fault: why it failed in one line, None if it succeeded. text: its standard
+    output.
+    """
 
     fault: str | None
     text: str

@@ -56,7 +56,9 @@ def gpus() -> Iterator[Finding]:
     listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
     yield Finding("green", "GPUs", f"{count} x {listed[0] if listed else 'unknown'}")
     if version("torch").endswith("+cpu"):
-        yield Finding("red", "torch", "a CPU build on a machine with GPUs", "install a CUDA build (README, CPU or CUDA)")
+        yield Finding(
+            "red", "torch", "a CPU build on a machine with GPUs", "install a CUDA build (README, CPU or CUDA)"
+        )
 
 
 def gpu_bytes() -> int | None:
@@ -76,7 +78,9 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def network() -> Iterator[Finding]:
-    """Ranks on this machine can reach each other: the host name resolves, and a port can be opened and reached."""
+    """Ranks on this machine can reach each other: the host name resolves, and a port can be opened and
+    reached.
+    """
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

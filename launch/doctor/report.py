@@ -1,7 +1,8 @@
-"""`phi3v doctor [CONFIG]`: finds what would go wrong before GPUs are paid for. Each finding says how to fix it.
+"""`phi3v doctor [CONFIG]`: finds what would go wrong before GPUs are paid for. Each finding says how to fix
+it.
 
-In: optionally a config, and what to look at besides this machine (Slurm, Kubernetes, collectives). Out: one line per
-finding and an exit code. No torch, except with `bandwidth`, where it is loaded in other processes.
+In: optionally a config, and what to look at besides this machine (Slurm, Kubernetes, collectives). Out: one
+line per finding and an exit code. No torch, except with `bandwidth`, where it is loaded in other processes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def run_doctor(
         machine.network,
     ]
     if config is not None:
-        checks += [lambda: run.run_directory(config), lambda: run.dataset(config), lambda: run.weights(config)]
+        checks += [
+            lambda: run.run_directory(config),
+            lambda: run.dataset(config),
+            lambda: run.weights(config),
+        ]
         checks += [lambda: run.batch(config, environment), lambda: run.memory(config, environment)]
         checks += [lambda: run.wandb(config, environment)]
     if slurm:

@@ -129,8 +129,8 @@ def _ranks(environment: Mapping[str, str]) -> int:
 
 
 def batch(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """global_batch is a multiple of the number of groups of ranks that share a row, on this machine or in the Slurm
-    job in which this runs.
+    """global_batch is a multiple of the number of groups of ranks that share a row, on this machine or in the
+    Slurm job in which this runs.
     """
     ranks, rows, sp = _ranks(environment), config.train.global_batch, config.parallel.sp
     found = f"global_batch {rows} on {ranks} rank(s)" + (f", {sp} to a row" if sp > 1 else "")
@@ -161,7 +161,7 @@ def memory(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Findin
     if capacity is None:
         yield Finding("green", "memory", f"{found}; no GPU here to compare with")
     elif needed.total > capacity:
-        changes = "; ".join(advice(config, model, ranks, capacity))
+        changes = "; ".join(advice(config, model, ranks, gpu_bytes=capacity))
         yield Finding("red", "memory", f"{found}, the GPU has {capacity / GB:.0f}", changes)
     else:
         yield Finding("green", "memory", f"{found}, the GPU has {capacity / GB:.0f}")

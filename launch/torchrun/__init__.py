@@ -1,1 +1,1 @@
-"""torchrun and the ranks below it, on one node."""
+"""torchrun and its ranks, on one node."""

@@ -1,9 +1,9 @@
 """torchrun for one node, with two differences that a restartable run needs.
 
 In: `python -m launch.torchrun.agent TORCHRUN_OPTIONS RANK_COMMAND`. Out: the exit code of the first rank that
-failed, where torchrun itself always exits with 1. A stop signal (SIGUSR1, SIGTERM, SIGINT) is forwarded as SIGUSR1
-to the ranks alone, and the agent waits for them; torchrun itself would signal their process groups, data workers
-included, and kill everything 30 seconds later.
+failed, where torchrun itself always exits with 1. A stop signal (SIGUSR1, SIGTERM, SIGINT) is forwarded as
+SIGUSR1 to the ranks alone, and the agent waits for them; torchrun itself would signal their process groups,
+data workers included, and kill everything 30 seconds later.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One node's part of a run: starts torchrun, forwards stop signals, waits, and returns how the run ended.
 
-In: torchrun's options, the rank command, the run directory. Out: an exit code of phi3v_dist.exits. All launchers
-use it: `phi3v launch local` in its own process, Slurm and Kubernetes once on each node.
+In: torchrun's options, the rank command, the run directory. Out: an exit code of phi3v_dist.exits. All
+launchers use it: `phi3v launch local` in its own process, Slurm and Kubernetes once on each node.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ KILL_MARGIN_S = 15.0
 
 @dataclass(frozen=True)
 class NodeResult:
-    """How the ranks ended. code: of phi3v_dist.exits, or launch.torchrun.agent.NO_RENDEZVOUS. stopped: whether this
-    process received a stop signal.
+    """How the ranks ended. code: of phi3v_dist.exits, or launch.torchrun.agent.NO_RENDEZVOUS. stopped:
+    whether this process received a stop signal.
     """
 
     code: int
@@ -44,11 +44,12 @@ def run_node(
     environment: Mapping[str, str],
     grace_s: float,
 ) -> NodeResult:
-    """Runs the ranks of this node to their end. The code is the one that rank 0 recorded in `run_dir`, else the exit
-    code of torchrun's process.
+    """Runs the ranks of this node to their end. The code is the one that rank 0 recorded in `run_dir`, else
+    the exit code of torchrun's process.
 
-    environment: variables added to those of this process. grace_s: seconds from the first stop signal (SIGUSR1,
-    SIGTERM, SIGINT) until the ranks are killed; a second SIGINT kills them at once. Leaves no process behind.
+    environment: variables added to those of this process. grace_s: seconds from the first stop signal
+    (SIGUSR1, SIGTERM, SIGINT) until the ranks are killed; a second SIGINT kills them at once. Leaves no
+    process behind.
     """
     started = time.time()
     signals: list[int] = []

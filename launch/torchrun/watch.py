@@ -1,8 +1,9 @@
 """Ends a process when the process that started it is gone.
 
-torchrun starts every rank in its own session. If a launcher is killed with SIGKILL, the ranks would live on and keep
-their GPUs. Therefore every process of a run watches its parent: the ranks (launch.torchrun.rank) and each node's
-torchrun (launch.torchrun.agent) call `watch_parent` first; the parent passes its pid in PARENT_VARIABLE.
+torchrun starts every rank in its own session. If a launcher is killed with SIGKILL, the ranks would live on
+and keep their GPUs. Therefore every process of a run watches its parent: the ranks (launch.torchrun.rank) and
+each node's torchrun (launch.torchrun.agent) call `watch_parent` first; the parent passes its pid in
+PARENT_VARIABLE.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ def stop_grace_s() -> float:
 
 
 def watch_parent() -> None:
-    """When the parent of this process is gone, sends SIGUSR1 to this process (finish the step, write a checkpoint),
-    and SIGKILL after the grace period.
+    """When the parent of this process is gone, sends SIGUSR1 to this process (finish the step, write a
+    checkpoint), and SIGKILL after the grace period.
 
-    This is a thread that polls, not the kernel's parent-death signal: torchrun offers no place between fork and exec
-    to request that signal.
+    This is a thread that polls, not the kernel's parent-death signal: torchrun offers no place between fork
+    and exec to request that signal.
     """
     parent = int(os.environ.get(PARENT_VARIABLE) or os.getppid())
     threading.Thread(target=_watch, args=(parent, stop_grace_s()), name="watch-parent", daemon=True).start()

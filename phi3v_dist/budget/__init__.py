@@ -1,1 +1,1 @@
-"""Memory, arithmetic and time of a step, worked out beforehand. Pure arithmetic."""
+"""Memory, arithmetic and time of a step, computed before a run starts. Pure arithmetic."""

@@ -1,10 +1,9 @@
-"""How much arithmetic a row is, and what part of the GPU's peak a run reaches. Pure arithmetic.
+"""The arithmetic of a packed row, and the fraction of the GPU's peak that a run reaches.
 
-Model FLOPs are those that training asks for: forward and backward, attention within documents (half of the
-square: causal), the tower on real views, the loss head on supervised positions. Hardware FLOPs add what
-checkpointing computes a second time (not what an attention kernel recomputes inside). A multiply-add is two
-FLOPs. Norms, softmax and the like are left out, as usual. Called by the train loop, `phi3v estimate` and the
-benchmarks.
+Model FLOPs are those that training needs: forward and backward, attention inside documents (half of the
+square, because it is causal), the vision tower on real views, the loss head on supervised positions. Hardware
+FLOPs add what checkpointing computes again (but not what an attention kernel recomputes inside). A
+multiply-add is two FLOPs. Norms, softmax and similar operations are not counted, as is usual.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from phi3v_dist.model.row import PackedRow
 
 Entry = TypeVar("Entry")
 
-# Dense bf16 TFLOP/s from the vendors' data sheets, by a part of the device's name; the longest that fits.
+# Dense bf16 TFLOP/s from the vendors' data sheets, by a part of the device's name (the longest that matches).
 PEAK_TFLOPS = {
     "B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0,
     "H800": 989.0, "A100": 312.0, "A800": 312.0, "A40": 150.0, "A30": 165.0, "A10": 125.0, "L40S": 362.0,
@@ -32,8 +31,8 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class RowShape:
-    """lengths: tokens of each document, without padding. views: tiles and global views. targets: positions
-    that are to be predicted.
+    """lengths: tokens of each document, without padding. views: tiles and global views. targets: supervised
+    positions.
     """
 
     lengths: Sequence[int]
@@ -43,7 +42,7 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one row, forward and backward. model: what training asks for; hardware: with recomputation."""
+    """FLOPs of forward and backward. model: without recomputation. hardware: with it."""
 
     model: float
     hardware: float
@@ -52,10 +51,13 @@ class Flops:
         return Flops(self.model + other.model, self.hardware + other.hardware)
 
 
-def utilisation(flops: Flops, seconds: float, gpus: int, peak: float | None) -> dict[str, float | int | None]:
-    """Metrics of `flops` done in `seconds` by `gpus`: TFLOP/s of each, and as a part of its peak (TFLOP/s).
+def utilisation(
+    flops: Flops, seconds: float, gpus: int, *, peak: float | None
+) -> dict[str, float | int | None]:
+    """The metrics perf/* of `flops` done in `seconds` by `gpus` GPUs. peak: TFLOP/s of one GPU.
 
-    perf/mfu counts model FLOPs, perf/hfu hardware FLOPs; both None where the peak is not known.
+    TFLOP/s per GPU, and as a fraction of the peak: perf/mfu counts model FLOPs, perf/hfu hardware FLOPs; both
+    are None without a known peak.
     """
     rates = Flops(*(value / seconds / gpus / 1e12 for value in (flops.model, flops.hardware)))
     return {
@@ -67,31 +69,33 @@ def utilisation(flops: Flops, seconds: float, gpus: int, peak: float | None) -> 
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a device, None if it is no GPU or the table does not know it."""
+    """Dense bf16 peak of a device in TFLOP/s; None for a CPU, or a GPU that is not in the table."""
     return known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def known_peak(device_name: str) -> float | None:
-    """The table's peak of a GPU by its name."""
+    """Dense bf16 peak of a GPU in TFLOP/s by its name; None if it is not in the table."""
     return by_name(PEAK_TFLOPS, device_name)
 
 
 def by_name(table: Mapping[str, Entry], device_name: str) -> Entry | None:
-    """The entry whose name is the longest that stands in `device_name` as whole words, None without one."""
+    """The entry of `table` with the longest name that `device_name` contains as whole words; None without
+    one.
+    """
     names = [name for name in table if re.search(rf"(?<![A-Za-z0-9]){name}(?![A-Za-z0-9])", device_name)]
     return table[max(names, key=len)] if names else None
 
 
 def shape_of(row: PackedRow, tokens: int) -> RowShape:
-    """The shape of a loaded row. tokens: without padding (which is the last document, if there is any)."""
+    """The shape of a loaded row. tokens: without padding, which is its last document if there is any."""
     lengths = row.cu_seqlens.diff().tolist()
     if sum(lengths) > tokens:
         lengths = lengths[:-1]
-    return RowShape(lengths, len(row.tiles) + len(row.grids), row.num_targets)
+    return RowShape(lengths, views=len(row.tiles) + len(row.grids), targets=row.num_targets)
 
 
 def row_flops(run: RunConfig, model: Phi3VConfig, shape: RowShape) -> Flops:
-    """FLOPs of a row under the run's settings: what is frozen has no gradients of its own."""
+    """FLOPs of a row under the run's settings: frozen weights need no gradients."""
     hidden, layers = model.hidden_size, model.num_hidden_layers
     head_dim = hidden // model.num_attention_heads
     heads = model.num_attention_heads + 2 * (model.num_key_value_heads or model.num_attention_heads)
@@ -115,7 +119,7 @@ def row_flops(run: RunConfig, model: Phi3VConfig, shape: RowShape) -> Flops:
     frozen = run.model.freeze
     adapted = run.model.lora.parts if run.model.lora else []
     tower_learns, projector_learns = "vision" not in frozen, "projector" not in frozen
-    # forward, gradients of inputs, gradients of weights; adapters themselves are too small to count
+    # Passes: forward, gradients of inputs, gradients of weights. Adapters are too small to count.
     decoder_passes = 2 if "decoder" in (*frozen, *adapted) else 3
     tower_passes = (2 if "vision" in adapted else 3) if tower_learns else 1
     projector_passes = 1 + (projector_learns and "projector" not in adapted)
@@ -127,9 +131,9 @@ def row_flops(run: RunConfig, model: Phi3VConfig, shape: RowShape) -> Flops:
         + (projector_passes + tower_learns) * projector_in
         + (projector_passes + (tower_learns or projector_learns)) * projector_out
     )
-    again = head  # the loss head makes its logits a second time
+    again = head  # the loss head computes its logits twice
     if run.model.gradient_checkpointing:
-        # What is computed again ends at the last tensor that backward needs: without a last product.
+        # Recomputation stops at the last tensor that backward needs, so the last product is left out.
         again += projections + attention + gate_up
         again += down if run.parallel.tile_mlp else 0.0
         in_chunks = shape.views > run.views_per_call

@@ -1,10 +1,11 @@
-"""How much memory a configuration needs on each GPU and its host, worked out before one is asked for.
+"""The memory that a configuration needs on each GPU and on its host, computed before a run starts.
 
 In: the model's config, the run's settings, a number of GPUs. Out: bytes per component. Sizes follow from the
 shapes of this implementation: ZeRO-3 slices, checkpointing per decoder layer, tiles, chunks, sequence
-parallelism, offload. Work that is not done at the same time (a decoder layer's backward, the loss head, the
-tower, the optimizer's step) is counted once, the largest. Pure arithmetic; `phi3v estimate` shows it,
-`limits` refuses by it, benchmarks/long_context.py holds it against resident memory on a CPU.
+parallelism, offload. Of work that is not done at the same time (the backward pass of a decoder layer, the
+loss head, the vision tower, the optimizer step) only the largest counts. Pure arithmetic. `phi3v estimate`
+prints it, a run that does not fit is refused by it, and benchmarks/long_context.py compares it with resident
+memory on a CPU.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from phi3v_dist.processor.geometry import image_token_count
 # gradients reduced together, weights whole at a time. Its defaults would hold several times as much.
 REDUCE_BUCKET = 125_000_000
 MAX_LIVE = 300_000_000
-_SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements of an optimizer step at a time
+_SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements that an optimizer step updates at a time
 _RESERVE = 3 * 2**30  # CUDA context, NCCL buffers, fragmentation
 
 
 @dataclass(frozen=True)
 class Component:
-    """gpu, host: bytes on one GPU and on the host for it. phase: when, "" for all the time."""
+    """gpu, host: bytes on one GPU, and on the host for it. phase: when they are needed, "" for always."""
 
     name: str
     gpu: int
@@ -38,17 +39,18 @@ class Component:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The components in the order of the table. disk: bytes under parallel.offload_path for one GPU."""
+    """components: in the order of the table. disk: bytes under parallel.offload_path for one GPU."""
 
     components: tuple[Component, ...]
     disk: int = 0
 
     def __getitem__(self, name: str) -> Component:
+        """The component of this name."""
         return next(component for component in self.components if component.name == name)
 
     @property
     def busiest(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs most memory."""
         phases = {c.phase for c in self.components if c.phase}
         return max(phases, key=self._of)
 
@@ -62,18 +64,20 @@ class Estimate:
 
     @property
     def without_reserve(self) -> int:
-        """Bytes at the peak that tensors take: what must fit in any case."""
+        """Bytes of tensors on one GPU at the peak: these must fit in any case."""
         return self.total - self["reserve"].gpu
 
     @property
     def host(self) -> int:
-        """Bytes on the host for one GPU, beside the process itself and its data workers."""
+        """Bytes on the host for one GPU, in addition to the process itself and its data workers."""
         return sum(c.host for c in self.components)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters: of the whole model, of those that learn, of one decoder layer, of the largest tensor."""
+    """Numbers of parameters. total: of the model. learning: that are trained. layer: of one decoder layer.
+    largest: of the largest tensor.
+    """
 
     total: int
     learning: int
@@ -82,20 +86,25 @@ class Sizes:
 
 
 def sizes_of(config: RunConfig, model: Phi3VConfig) -> Sizes:
-    """How many elements there are, learn, make one decoder layer, and make the largest tensor."""
-    learns, still = ({n: math.prod(s) for n, s in each.items()} for each in shapes_of(config.model, model))
-    numels = learns | still
+    """The sizes of a model under the run's `freeze` and `lora`."""
+    learning, frozen = ({n: math.prod(s) for n, s in each.items()} for each in shapes_of(config.model, model))
+    numels = learning | frozen
     layer = sum(numel for name, numel in numels.items() if name.startswith("model.layers.0."))
-    return Sizes(sum(numels.values()), sum(learns.values()), layer, max(numels.values()))
+    return Sizes(
+        total=sum(numels.values()),
+        learning=sum(learning.values()),
+        layer=layer,
+        largest=max(numels.values()),
+    )
 
 
 def fullest_row(config: RunConfig, model: Phi3VConfig) -> tuple[int, int]:
-    """(pictures, views) of a row of data.seq_len tokens that is nothing but square pictures."""
+    """(images, views) of a row of data.seq_len tokens that consists of square images only."""
     side = model.tile // model.clip_config().patch_size // 2
     edge = math.isqrt(config.data.num_crops)
     tokens = image_token_count(edge, edge, side)
-    pictures = max(1, config.data.seq_len // tokens)
-    return pictures, pictures * (edge * edge + 1)
+    images = max(1, config.data.seq_len // tokens)
+    return images, images * (edge * edge + 1)
 
 
 def estimate(
@@ -104,72 +113,82 @@ def estimate(
     gpus: int,
     *,
     targets: int | None = None,
-    pictures: tuple[int, int] | None = None,
+    images: tuple[int, int] | None = None,
     reserve: int = _RESERVE,
     cuda: bool = True,
 ) -> Estimate:
-    """Memory of one of `gpus` ranks that train rows of data.seq_len tokens.
+    """The memory of one of `gpus` ranks that train on rows of data.seq_len tokens.
 
-    targets: supervised positions of a row; None: an eighth of them. pictures: pictures and views of a row;
-    None: as many as fill it. reserve: what libraries take, bytes. cuda: False for ranks on a CPU, whose
-    memory is GPU and host in one.
+    targets: supervised positions of a row; None: an eighth of it. images: (images, views) of a row; None: as
+    many as fill it. reserve: bytes that libraries take. cuda: False for ranks on a CPU, where GPU and host
+    memory are the same.
     """
     parallel = config.parallel
     size = 2 if config.model.dtype == "bfloat16" else 4
     sizes = sizes_of(config, model)
-    held, learns = -(-sizes.total // gpus), -(-sizes.learning // gpus)
+    held, learning = -(-sizes.total // gpus), -(-sizes.learning // gpus)
     positions = -(-config.data.seq_len // parallel.sp)
-    to_host = parallel.offload_optimizer != "none"
-    to_disk = parallel.offload_optimizer == "nvme"
-    params_away = parallel.offload_params == "cpu"
-    gathers = gpus > 1 or params_away
+    on_host, on_disk = parallel.offload_optimizer != "none", parallel.offload_optimizer == "nvme"
+    params_on_host = parallel.offload_params == "cpu"
+    gathers = gpus > 1 or params_on_host
+    gradients = Component("gradients", learning * 4)
+    optimizer = Component("optimizer", learning * 12)
+    if on_host:
+        gradients = Component("gradients", 0, learning * (4 if on_disk else 8))
+        optimizer = Component("optimizer", 0, 0 if on_disk else learning * 12)
+    supervised = config.data.seq_len // 8 if targets is None else targets
     found = [
-        Component("weights", 0 if params_away else held * size, held * size if params_away else 0),
+        Component("weights", 0 if params_on_host else held * size, held * size if params_on_host else 0),
         Component("weights gathered", _gathered(sizes, size) if gathers else 0),
-        Component(
-            "gradients", 0 if to_host else learns * 4, learns * (4 if to_disk else 8) if to_host else 0
-        ),
-        Component("optimizer", 0 if to_host else learns * 12, 0 if to_disk or not to_host else learns * 12),
+        gradients,
+        optimizer,
         Component("communication buffers", _buffers(sizes, size)),
-        *_layers(config, model, positions, size, cuda),
-        _loss_head(model, positions, targets if targets is not None else config.data.seq_len // 8, size),
-        *_vision(config, model, pictures or fullest_row(config, model), size),
-        # torch's AdamW and the copy of the gradients work on one sub-group of DeepSpeed's at a time
-        Component("optimizer at work", 0 if to_host else 12 * min(learns, _SUB_GROUP), phase="step"),
+        *_layers(config, model, positions, size=size, cuda=cuda),
+        _loss_head(model, positions, supervised, size=size),
+        *_vision(config, model, images or fullest_row(config, model), size=size),
+        # torch's AdamW and the copy of the gradients work on one DeepSpeed sub-group at a time
+        Component("optimizer at work", 0 if on_host else 12 * min(learning, _SUB_GROUP), phase="step"),
         Component("reserve", reserve),
     ]
-    return Estimate(tuple(found), learns * 16 if to_disk else 0)
+    return Estimate(tuple(found), learning * 16 if on_disk else 0)
 
 
 def _gathered(sizes: Sizes, size: int) -> int:
-    """The layer at work, and the next one on its way."""
+    """Bytes of the gathered weights: the layer that is computed, and the next one, which is prefetched."""
     return min(sizes.total, MAX_LIVE, 2 * max(sizes.layer, sizes.largest)) * size
 
 
 def _buffers(sizes: Sizes, size: int) -> int:
-    """Gradients that wait to be reduced: the bucket in the compute dtype, and its float32 copy."""
+    """Bytes of gradients that wait to be reduced: the bucket in the compute dtype, and its float32 copy."""
     bucket = min(sizes.learning, REDUCE_BUCKET)
     return bucket * size + bucket * (4 if size < 4 else 0)
 
 
-def _layers(config: RunConfig, model: Phi3VConfig, positions: int, size: int, cuda: bool) -> list[Component]:
-    """What the decoder layers keep for backward, and the busiest moments of one: its attention, its MLP."""
+def _layers(
+    config: RunConfig, model: Phi3VConfig, positions: int, *, size: int, cuda: bool
+) -> list[Component]:
+    """What the decoder layers keep for backward, and the peaks inside one layer: its attention and its MLP.
+
+    positions: of a row, on one rank. size: bytes of a number in the compute dtype.
+    """
     hidden, inner, count = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     kv = (model.num_key_value_heads or model.num_attention_heads) / model.num_attention_heads
     state = positions * hidden * size
     qkv, rotated = int(state * (1 + 2 * kv)), int(state * (1 + kv))
-    # A norm keeps what it normalised and what it gave on; in bf16 its input in float32 as well.
+    # A norm keeps its normalised input and its output; in bf16 also its input in float32.
     norm = 2 * state + (positions * hidden * 4 if size < 4 else 0)
-    # Attention keeps its inputs (from the exchange, or the projection and the rotated ones) and its output.
+    # Attention keeps its inputs (exchanged, or projected and rotated) and its output.
     kept = norm + qkv + state + (state if config.parallel.sp > 1 else rotated)
-    # The exchange: projected, rotated, sent and received are there together. Backward: four times as much.
+    # In the exchange the projected, rotated, sent and received tensors exist at once; backward takes four
+    # states more.
     exchange = qkv + rotated + (2 * qkv if config.parallel.sp > 1 else 0)
     attention = norm + max(exchange, 2 * qkv + rotated + 4 * state) + state
     tile = min(config.parallel.tile_mlp or positions, positions)
     tiled = tile < positions
-    sums = 3 * hidden * inner * 4 if tiled else 0  # weight gradients of the tiles, in float32
+    sums = 3 * hidden * inner * 4 if tiled else 0  # weight gradients summed over the tiles, in float32
     wide = tile * inner * size
-    # gate and up, activation, product; in backward their gradients; the residual, the gradient in and out
+    # Kept: gate, up, activation, product. In backward also their gradients, the residual and the gradients of
+    # input and output.
     mlp_kept = norm + state + (0 if tiled else 4 * wide)
     mlp = mlp_kept + (8 if tiled else 4) * wide + sums + 2 * state
     if not config.model.gradient_checkpointing:
@@ -181,7 +200,7 @@ def _layers(config: RunConfig, model: Phi3VConfig, positions: int, size: int, cu
     on_gpu, host = count * state, 0
     if config.parallel.offload_checkpoints:
         on_gpu = 2 * state if cuda else 0
-        # the allocator of pinned memory rounds up to a power of two
+        # torch's allocator of pinned memory rounds up to a power of two
         host = count * (1 << (state - 1).bit_length() if cuda else state)
     return [
         Component("layer inputs", on_gpu, host),
@@ -190,9 +209,9 @@ def _layers(config: RunConfig, model: Phi3VConfig, positions: int, size: int, cu
     ]
 
 
-def _loss_head(model: Phi3VConfig, positions: int, targets: int, size: int) -> Component:
+def _loss_head(model: Phi3VConfig, positions: int, targets: int, *, size: int) -> Component:
     """Hidden states of the supervised positions and their gradients, a chunk of logits, the gradient of the
-    weight. All targets may lie in one slice.
+    weight. With sequence parallelism all targets may be on one rank.
     """
     targets = min(targets, positions)
     states = 3 * targets * model.hidden_size * size + positions * model.hidden_size * size
@@ -201,20 +220,20 @@ def _loss_head(model: Phi3VConfig, positions: int, targets: int, size: int) -> C
 
 
 def head_chunk(targets: int, model: Phi3VConfig) -> int:
-    """Positions of which the loss head has logits at a time: torch 2.13's choice on a GPU, so that they take
-    about half of what its input takes.
+    """Positions whose logits the loss head computes at a time: the choice of torch 2.13 on a GPU, which makes
+    the logits about half as large as the head's input.
     """
     share = max(1, -(-targets // -(-model.vocab_size // model.hidden_size)))
     return min(targets, (1 << (share - 1).bit_length()) // 2)
 
 
-def _vision(config: RunConfig, model: Phi3VConfig, pictures: tuple[int, int], size: int) -> list[Component]:
-    """The pictures themselves, and the tower: a chunk of views in backward, its layer inputs; without
-    checkpointing everything of every view.
+def _vision(config: RunConfig, model: Phi3VConfig, images: tuple[int, int], *, size: int) -> list[Component]:
+    """The images themselves, and the vision tower: a chunk of views in backward with its layer inputs;
+    without checkpointing all activations of all views. images: (images, views) of a row.
     """
     clip = model.clip_config()
     patches = (clip.image_size // clip.patch_size) ** 2 + 1
-    count, views = pictures
+    count, views = images
     mine = -(-views // config.parallel.sp)
     chunk = min(config.model.vision_chunk, mine)
     pixels = 3 * clip.image_size**2
@@ -228,14 +247,16 @@ def _vision(config: RunConfig, model: Phi3VConfig, pictures: tuple[int, int], si
         kept = [Component("features of the frozen tower", mine * (patches - 1) * token)]
     if config.model.gradient_checkpointing:
         work += chunk * (layer + clip.num_hidden_layers * patches * token + projector + pixels * (4 + size))
-    else:  # the decoder works while all of it is kept
+    else:  # all of it is kept while the decoder is computed
         everything = mine * (layer * (clip.num_hidden_layers - 1) + projector + pixels * (4 + size))
         kept = [Component("activations of the tower", everything)]
-    return [Component("pictures", raw), *kept, Component("vision", work, phase="vision")]
+    return [Component("images", raw), *kept, Component("vision", work, phase="vision")]
 
 
-def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> list[str]:
-    """Changes that make it fit: at most three that do so alone, else as few as do so together."""
+def advice(config: RunConfig, model: Phi3VConfig, gpus: int, *, gpu_bytes: int) -> list[str]:
+    """Changes of the config that make it fit into `gpu_bytes`, as lines: up to three changes that suffice
+    alone, else one line with the fewest that suffice together.
+    """
     changes: list[tuple[str, dict[str, dict[str, object]]]] = []
     parallel = config.parallel
     heads = math.gcd(model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads)
@@ -262,7 +283,7 @@ def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> 
     alone = [f"{name} makes it {total / 1e9:.0f} GB" for total, name, _ in saved if total <= gpu_bytes]
     if alone:
         return alone[:3]
-    best: dict[str, tuple[str, dict[str, dict[str, object]]]] = {}  # of each key its best value, best first
+    best: dict[str, tuple[str, dict[str, dict[str, object]]]] = {}  # the best value of each key, best first
     for _, name, change in sorted(saved, key=lambda each: ("seq_len" in each[1], each[0])):
         best.setdefault(name.partition("=")[0], (name, change))
     together, names = config, []
@@ -276,6 +297,7 @@ def advice(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> 
 
 
 def _changed(config: RunConfig, change: dict[str, dict[str, object]]) -> RunConfig:
+    """change: section -> key -> value."""
     return config.model_copy(
         update={
             section: getattr(config, section).model_copy(update=values) for section, values in change.items()
@@ -283,8 +305,10 @@ def _changed(config: RunConfig, change: dict[str, dict[str, object]]) -> RunConf
     )
 
 
-def describe(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -> list[str]:
-    """The table, whether it fits into `gpu_bytes`, what to change, and the FLOPs of a step."""
+def describe(config: RunConfig, model: Phi3VConfig, gpus: int, *, gpu_bytes: int) -> list[str]:
+    """The lines of `phi3v estimate`: a table in GB, whether it fits into `gpu_bytes`, what to change
+    otherwise, and the FLOPs of a step.
+    """
     found = estimate(config, model, gpus)
     lines = [f"{'on each of ' + str(gpus) + ' GPU(s), GB':34} {'GPU':>8} {'host':>8}"]
     for component in found.components:
@@ -301,17 +325,17 @@ def describe(config: RunConfig, model: Phi3VConfig, gpus: int, gpu_bytes: int) -
         f"{found.total / 1e9:.1f} GB of {gpu_bytes / 1e9:.0f} GB: {'fits' if fits else 'does not fit'}"
     )
     if not fits:
-        lines += [f"  try {change}" for change in advice(config, model, gpus, gpu_bytes)]
+        lines += [f"  try {change}" for change in advice(config, model, gpus, gpu_bytes=gpu_bytes)]
     lines.append(_work(config, model))
     return lines
 
 
 def _work(config: RunConfig, model: Phi3VConfig) -> str:
-    """FLOPs of a step whose rows are one document each (the most), half of them pictures."""
+    """A line about the FLOPs of a step whose rows are one document each (the most), half of it images."""
     rows, length = config.train.global_batch, config.data.seq_len
     _, views = fullest_row(config, model)
-    flops = row_flops(config, model, RowShape([length], views // 2, length // 8))
+    flops = row_flops(config, model, RowShape([length], views=views // 2, targets=length // 8))
     return (
         f"a step of {rows} full rows: {rows * flops.model / 1e15:.2f} PFLOP, with recomputation "
-        f"{rows * flops.hardware / 1e15:.2f} PFLOP (a row one document, half of it pictures)"
+        f"{rows * flops.hardware / 1e15:.2f} PFLOP (each row one document, half of it images)"
     )

@@ -1,13 +1,13 @@
-"""What one answer is worth: product fields read out of texts, and small functions that hold an answer against
-the truth. Pure.
+"""The value of one answer: product fields read from texts, and functions that compare an answer with the
+truth. Pure.
 
-A metric is a function (truth, answer) -> {name: value}; None: this sample says nothing about it. `scores`
-makes numbers over a set of answers from them. METRICS names the built-in ones; `find_metrics` also takes a
+A metric is a function (truth, answer) -> {name: value}; None means that it does not apply to this sample.
+`scores` summarises them over a set of answers. METRICS holds the built-in ones; `find_metrics` also takes a
 user's own as "package.module:function".
 
-An answer holds `Title: ...`, `Category: ...`, `Price: ...`, one a line, or the seed's `Product: ...,
-Category: ..., Full Price: ...` in one line; truth is read from the reference reply in the same way. Called by
-evaluation.
+An answer has the lines `Title: ...`, `Category: ...` and `Price: ...`, or the form of the seed project in one
+line: `Product: ..., Category: ..., Full Price: ...`. The truth is read from the reference reply in the same
+way.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rapidfuzz.distance import Levenshtein
+
 from shards.common.errors import BadInputError
 
 Metric = Callable[[str, str], Mapping[str, float | None]]
+"""(truth, answer) -> {name: value}."""
 
 _NAMES = {
     "title": "title",
@@ -35,10 +38,10 @@ _FIELD = re.compile(
     rf"(?:^|,)[ \t]*({_NAME})[ \t]*:[ \t]*(.*?)[ \t]*(?=$|,[ \t]*(?:{_NAME})[ \t]*:)",
     re.IGNORECASE | re.MULTILINE,
 )
-# A run of digits with whatever may stand between the digits of one number, or between two numbers.
+# Digits, and the signs that may stand between the digits of one number or between two numbers.
 _RUN = re.compile(r"[0-9](?:[0-9.,'’ \u00a0\u202f]*[0-9])?")
 _SPACE = r"['’ \u00a0\u202f]"
-_NUMBERS = (  # (what one number looks like, what groups its thousands, its decimal sign)
+_NUMBERS = (  # (pattern of a number, separator of its thousands, its decimal sign)
     (re.compile(r"(?:[0-9]+|0)(?:\.[0-9]+)?"), "", "."),  # 1290, 1290.5
     (re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?"), ",", "."),  # 1,290.50
     (re.compile(r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}(?:\.[0-9]+)?"), ",", "."),  # 1,00,000
@@ -47,7 +50,9 @@ _NUMBERS = (  # (what one number looks like, what groups its thousands, its deci
     (re.compile(r"[0-9]+,[0-9]{1,2}"), "", ","),  # 12,50
     (re.compile(rf"[0-9]{{1,3}}(?:{_SPACE}[0-9]{{3}})+(?:[.,][0-9]{{1,2}})?"), _SPACE, "[.,]"),  # 1 290,50
 )
-_DOT_AND_THREE = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}")  # 1.290: a decimal point, or Europe's thousands?
+_DOT_AND_THREE = re.compile(
+    r"[1-9][0-9]{0,2}\.[0-9]{3}"
+)  # 1.290: a decimal point, or a European thousands separator?
 _EURO = re.compile(r"€|\bEUR\b")
 _BEFORE = re.compile(r"(?:(?:^|[^A-Za-z0-9_.,\-−–])|\b(?:[A-Z]{3}|Rs\.?|kr\.?))$")
 _NOT_AFTER = re.compile(r"%|[.,]?[0-9]|\s*(?:k|m|mn|mio|thousand|million|lakh|crore)\b", re.IGNORECASE)
@@ -55,7 +60,7 @@ _NOT_AFTER = re.compile(r"%|[.,]?[0-9]|\s*(?:k|m|mn|mio|thousand|million|lakh|cr
 
 @dataclass(frozen=True)
 class Product:
-    """The fields of an answer; None where it does not say (or, of the price, says no single number)."""
+    """The fields of an answer; None where a field is missing (price: or is not a single number)."""
 
     title: str | None
     category: str | None
@@ -63,11 +68,12 @@ class Product:
 
 
 def parse_price(text: str) -> float | None:
-    """The price in `text`; None unless it holds exactly one number that can be read in one way only.
+    """The price in `text`, in its own currency unit; None unless there is exactly one number that can be read
+    in only one way.
 
-    Currency signs and codes, thousands (1,290  1.290,50  1 290  1'290) and decimal commas (12,50) are read.
-    Not read: two numbers, a negative one, "12k", "5%", and "1.290" without a euro sign, which is 1.29 to some
-    and 1290 to others.
+    Accepted: currency signs and codes, thousands separators (1,290  1.290,50  1 290  1'290), decimal commas
+    (12,50). Not accepted: two numbers, a negative number, "12k", "5%", and "1.290" without a euro sign, which
+    may mean 1.29 or 1290.
     """
     runs = list(_RUN.finditer(text))
     if len(runs) != 1:
@@ -80,19 +86,13 @@ def parse_price(text: str) -> float | None:
         return float(digits.replace(".", "")) if _EURO.search(text) else None
     for shape, group, decimal in _NUMBERS:
         if shape.fullmatch(digits):
-            plain = (
-                re.sub(group, "", digits)
-                if group == _SPACE
-                else digits.replace(group, "")
-                if group
-                else digits
-            )
+            plain = re.sub(group, "", digits) if group == _SPACE else digits.replace(group, "")
             return float(re.sub(decimal, ".", plain) if decimal != "." else plain)
     return None
 
 
 def parse_product(answer: str) -> Product:
-    """The fields of an answer; of a field said twice, the first."""
+    """The fields of an answer; of a field that occurs twice, the first."""
     fields: dict[str, str] = {}
     for name, value in _FIELD.findall(answer):
         fields.setdefault(_NAMES[name.lower()], value)
@@ -101,44 +101,44 @@ def parse_product(answer: str) -> Product:
 
 
 def price(truth: str, answer: str) -> dict[str, float | None]:
-    """Errors of the price: absolute (in its unit), relative to the truth (0.1 = 10 %), for mean and median.
+    """Errors of the price: absolute (price_mae, in its unit) and relative to the truth (0.1 = 10 %;
+    price_mape is averaged, price_median_ape is the median). price_parse_rate: 1 if the answer's price can be
+    read.
 
-    Nothing about a sample whose truth has no price. An answer whose price cannot be read has no error; it
-    lowers price_parse_rate instead, so the two belong together.
+    All None if the truth has no price. An answer whose price cannot be read has no error; it lowers
+    price_parse_rate instead, so these metrics must be read together.
     """
-    wanted, said = parse_product(truth).price, parse_product(answer).price
+    wanted, found = parse_product(truth).price, parse_product(answer).price
     if wanted is None:
         return {"price_mae": None, "price_mape": None, "price_median_ape": None, "price_parse_rate": None}
-    error = None if said is None else abs(said - wanted)
+    error = None if found is None else abs(found - wanted)
     relative = None if error is None or wanted == 0 else error / wanted
     return {
         "price_mae": error,
         "price_mape": relative,
         "price_median_ape": relative,
-        "price_parse_rate": float(said is not None),
+        "price_parse_rate": float(found is not None),
     }
 
 
 def category(truth: str, answer: str) -> dict[str, float | None]:
-    """1 if the category is the same; an answer without one is wrong."""
+    """category_accuracy: 1 if the category is the same, else 0 (also for an answer without one)."""
     return {"category_accuracy": _same(parse_product(truth).category, parse_product(answer).category)}
 
 
 def title(truth: str, answer: str) -> dict[str, float | None]:
-    """1 if the title is the same; an answer without one is wrong."""
+    """title_accuracy: 1 if the title is the same, else 0 (also for an answer without one)."""
     return {"title_accuracy": _same(parse_product(truth).title, parse_product(answer).title)}
 
 
 def exact_match(truth: str, answer: str) -> dict[str, float | None]:
-    """1 if the whole answer is the truth, space around it apart."""
+    """exact_match: 1 if the whole answer equals the truth, apart from surrounding space."""
     return {"exact_match": float(truth.strip() == answer.strip())}
 
 
 def anls(truth: str, answer: str) -> dict[str, float | None]:
-    """Normalised Levenshtein similarity, 0 below a half (the measure of document VQA, arXiv:1907.00490)."""
-    one, other = truth.strip().lower(), answer.strip().lower()
-    longest = max(len(one), len(other))
-    similarity = 1 - _edits(one, other) / longest if longest else 1.0
+    """anls: normalised Levenshtein similarity, 0 below a half (metric of document VQA, arXiv:1907.00490)."""
+    similarity = Levenshtein.normalized_similarity(truth.strip().lower(), answer.strip().lower())
     return {"anls": similarity if similarity >= 0.5 else 0.0}
 
 
@@ -152,7 +152,7 @@ METRICS: dict[str, Metric] = {
 
 
 def find_metrics(names: Sequence[str]) -> list[Metric]:
-    """The functions of `names`: keys of METRICS, or "package.module:function" for one's own.
+    """The functions of `names`: keys of METRICS, or "package.module:function" for a user's own.
 
     Raises BadInputError for a name that is neither.
     """
@@ -172,14 +172,14 @@ def find_metrics(names: Sequence[str]) -> list[Metric]:
                 f"metric {name!r}: {error}; it must be module:function, importable from here (PYTHONPATH)"
             ) from error
         if not callable(metric):
-            raise BadInputError(f"metric {name!r} is no function")
+            raise BadInputError(f"metric {name!r} is not a function")
         found.append(metric)
     return found
 
 
 def constant_answer(replies: Sequence[str]) -> str:
-    """The best answer that never looks at a picture: most frequent title and category, median price of
-    `replies`.
+    """The best answer that does not depend on the image: the most frequent title and category and the median
+    price of `replies`.
     """
     products = [parse_product(reply) for reply in replies]
     titles = Counter(p.title for p in products if p.title).most_common(1)
@@ -193,16 +193,5 @@ def constant_answer(replies: Sequence[str]) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _same(wanted: str | None, said: str | None) -> float | None:
-    return None if wanted is None else float(wanted == said)
-
-
-def _edits(one: str, other: str) -> int:
-    """Levenshtein distance."""
-    before = list(range(len(other) + 1))
-    for row, here in enumerate(one, 1):
-        now = [row]
-        for column, there in enumerate(other, 1):
-            now.append(min(before[column] + 1, now[-1] + 1, before[column - 1] + (here != there)))
-        before = now
-    return before[-1]
+def _same(wanted: str | None, found: str | None) -> float | None:
+    return None if wanted is None else float(wanted == found)

@@ -1,8 +1,8 @@
-"""Numbers over a set of answers: means, medians, how sure they are, and the same for each part of the data.
+"""Scores over a set of answers: means, medians, confidence intervals, and the same for each part of the data.
 Pure.
 
-In: truths, answers, metric functions of `metrics`. Out: `Scores`. A name with "median" in it is summed up by
-the median, every other by the mean. Called by evaluation.
+In: truths, answers, functions of `metrics`. Out: `Scores`. A metric with "median" in its name is summarised
+by the median, every other by the mean. The bootstrap is our own on numpy, because scipy is not a dependency.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from shards.common.errors import BadInputError
 
 CONFIDENCE = 0.95
 _RESAMPLES = 1000
-_MANY = 10_000  # samples from which 200 resamples are enough
-_BLOCK = 4_000_000  # numbers drawn at a time
+_MANY = 10_000  # samples above which 200 resamples are enough
+_BLOCK = 4_000_000  # random numbers drawn at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
 class Scores:
-    """values: by name, None if no sample counts. intervals: (low, high) of a 95 % bootstrap interval.
-    counted: samples that the value is made of.
+    """samples: number of answers. By name of the metric: values, None if it applies to no sample; intervals,
+    (low, high) of the 95 % bootstrap interval; counted, number of samples to which it applies.
     """
 
     samples: int
@@ -35,17 +35,20 @@ class Scores:
     counted: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
-        """{"samples", name: value ...}: what scores.json holds of them."""
+        """{"samples": number, name: value ...}, as in scores.json."""
         return {"samples": self.samples, **self.values}
 
 
 def sample_values(
     metrics: Sequence[Metric], truths: Sequence[str], answers: Sequence[str]
 ) -> list[dict[str, float | None]]:
-    """What every metric says about each answer. Raises BadInputError if a user's metric fails, naming it."""
-    rows = []
+    """name -> value of every metric, for each answer.
+
+    Raises BadInputError naming the metric if a user's metric fails.
+    """
+    values = []
     for truth, answer in zip(truths, answers, strict=True):
-        row: dict[str, float | None] = {}
+        of_answer: dict[str, float | None] = {}
         for metric in metrics:
             try:
                 found = {str(k): None if v is None else float(v) for k, v in metric(truth, answer).items()}
@@ -54,46 +57,48 @@ def sample_values(
                 raise BadInputError(
                     f"metric {name} failed on the answer {answer[:80]!r}: {type(error).__name__}: {error}"
                 ) from error
-            row |= found
-        rows.append(row)
-    return rows
+            of_answer |= found
+        values.append(of_answer)
+    return values
 
 
-def summarise(rows: Sequence[dict[str, float | None]], seed: int = 0) -> Scores:
-    """Scores over `rows` of `sample_values`; the same seed gives the same intervals.
+def summarise(sample_values: Sequence[dict[str, float | None]], seed: int = 0) -> Scores:
+    """Scores over the values of `sample_values`. seed: of the bootstrap.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are no answers.
     """
-    if not rows:
+    if not sample_values:
         raise ValueError("no answers to score")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    values: dict[str, float | None] = {}
+    names = list(dict.fromkeys(name for values in sample_values for name in values))
+    summary: dict[str, float | None] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
     counted = {}
     for name in names:
-        found = [row.get(name) for row in rows]
+        found = [values.get(name) for values in sample_values]
         numbers = np.array([v for v in found if v is not None and math.isfinite(v)], dtype=np.float64)
         median = "median" in name
         counted[name] = len(numbers)
-        values[name] = _sum_up(numbers, median) if len(numbers) else None
+        summary[name] = _average(numbers, median) if len(numbers) else None
         intervals[name] = _interval(numbers, median, seed) if len(numbers) else None
-    return Scores(len(rows), values, intervals, counted)
+    return Scores(len(sample_values), summary, intervals, counted)
 
 
 def slices(
-    rows: Sequence[dict[str, float | None]], parts: Sequence[str | None], seed: int = 0
+    sample_values: Sequence[dict[str, float | None]], parts: Sequence[str | None], seed: int = 0
 ) -> dict[str, Scores]:
-    """Scores of each part of the data, the largest first. parts: of each row, None for a row without one."""
+    """Scores of each part of the data, the largest part first. parts: of each sample, None for a sample
+    without one.
+    """
     by_part: dict[str, list[dict[str, float | None]]] = {}
-    for row, part in zip(rows, parts, strict=True):
+    for values, part in zip(sample_values, parts, strict=True):
         if part is not None:
-            by_part.setdefault(part, []).append(row)
+            by_part.setdefault(part, []).append(values)
     ordered = sorted(by_part.items(), key=lambda item: (-len(item[1]), item[0]))
     return {part: summarise(of_part, seed) for part, of_part in ordered}
 
 
-def _sum_up(numbers: np.ndarray, median: bool) -> float:
-    # fsum: exact, so that the order of the samples does not matter
+def _average(numbers: np.ndarray, median: bool) -> float:
+    # fsum is exact, so the order of the samples does not matter
     return float(np.median(numbers)) if median else math.fsum(numbers) / len(numbers)
 
 

@@ -28,8 +28,8 @@ def check_limits(config: RunConfig, model: Phi3VConfig, ranks: int, *, gpu_bytes
     if needed.without_reserve > gpu_bytes:
         raise BadInputError(
             f"a GPU of {gpu_bytes / 1e9:.0f} GB cannot hold this configuration, which needs "
-            f"{needed.total / 1e9:.0f} GB: {'; '.join(advice(config, model, ranks, gpu_bytes))}; see "
-            "`phi3v estimate`"
+            f"{needed.total / 1e9:.0f} GB: "
+            f"{'; '.join(advice(config, model, ranks, gpu_bytes=gpu_bytes))}; see `phi3v estimate`"
         )
 
 

@@ -51,7 +51,9 @@ class ProgressLine:
             _log.info(line)
             return
         self._progress.update(self._task, completed=step, description=line, refresh=True)
-        record = _log.makeRecord(_log.name, logging.INFO, __file__, 0, line, (), None)
+        record = _log.makeRecord(
+            _log.name, logging.INFO, fn=__file__, lno=0, msg=line, args=(), exc_info=None
+        )
         for handler in logging.getLogger().handlers:
             if handler not in self._handlers:
                 handler.handle(record)

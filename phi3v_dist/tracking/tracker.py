@@ -155,9 +155,9 @@ def resolve_mode(
     asked = environment.get("WANDB_MODE", "")
     if config.track.mode == "disabled" or asked == "disabled":
         return "disabled"
-    for mode in (config.track.mode, asked):
-        if mode == "online" or mode == "offline":
-            return mode
+    chosen = asked if config.track.mode == "auto" else config.track.mode
+    if chosen in ("online", "offline"):
+        return "online" if chosen == "online" else "offline"
     return "online" if has_key(environment) else "offline"
 
 

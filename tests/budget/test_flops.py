@@ -93,9 +93,9 @@ def test_recomputation_is_counted_apart() -> None:
 
 
 def test_utilisation_and_the_table_of_peaks() -> None:
-    metrics = utilisation(Flops(989e12, 2 * 989e12), 2.0, 2, 989.0)
+    metrics = utilisation(Flops(989e12, 2 * 989e12), 2.0, 2, peak=989.0)
     assert metrics["perf/mfu"] == pytest.approx(0.25) and metrics["perf/hfu"] == pytest.approx(0.5)
-    assert utilisation(Flops(1e12, 1e12), 1.0, 1, None)["perf/mfu"] is None
+    assert utilisation(Flops(1e12, 1e12), 1.0, 1, peak=None)["perf/mfu"] is None
     assert known_peak("NVIDIA H100 80GB HBM3") == 989.0 and known_peak("NVIDIA H100 PCIe") == 756.0
     assert known_peak("NVIDIA L40S") == 362.0 and known_peak("Some GPU") is None
     assert known_peak("NVIDIA RTX A1000") is None and known_peak("NVIDIA A10G") is None

@@ -38,7 +38,7 @@ def test_the_full_size_model_on_eight_gpus() -> None:
 def test_the_recipes_fit_where_they_say(name: str, gpus: int, memory: int) -> None:
     config, model = load(name), Phi3VConfig()
     assert estimate(config, model, gpus).total < 0.9 * memory * GB
-    assert f"of {memory} GB: fits" in "\n".join(describe(config, model, gpus, memory * GB))
+    assert f"of {memory} GB: fits" in "\n".join(describe(config, model, gpus, gpu_bytes=memory * GB))
 
 
 def test_each_feature_saves_what_it_is_for() -> None:
@@ -72,17 +72,17 @@ def test_each_feature_saves_what_it_is_for() -> None:
 
 def test_it_says_what_to_change_and_that_helps() -> None:
     config, model = load("full-128k", "parallel.sp=1", "parallel.tile_mlp=0"), Phi3VConfig()
-    text = describe(config, model, 8, 60 * GB)
+    text = describe(config, model, 8, gpu_bytes=60 * GB)
     assert any("of 60 GB: does not fit" in line for line in text)
-    assert "parallel.sp=2" in advice(config, model, 8, 60 * GB)[0]
+    assert "parallel.sp=2" in advice(config, model, 8, gpu_bytes=60 * GB)[0]
     assert estimate(load("full-128k", "parallel.sp=2", "parallel.tile_mlp=0"), model, 8).total < 60 * GB
-    (words,) = advice(config, model, 8, 10 * GB)
+    (words,) = advice(config, model, 8, gpu_bytes=10 * GB)
     changes, total = words.split(" together: ")
     keys = [change.split("=")[0] for change in changes.split(", ")]
     assert len({*keys}) == len(keys) > 1 and "data.seq_len" not in keys
     both = load("full-128k", "parallel.tile_mlp=0", *changes.split(", "))
     assert f"{estimate(both, model, 8).total / GB:.0f} GB" == total
-    assert advice(config, model, 8, 2 * GB)[0].startswith("all of ")
+    assert advice(config, model, 8, gpu_bytes=2 * GB)[0].startswith("all of ")
 
 
 def test_no_component_is_a_square_of_the_row_or_all_logits() -> None:

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli.main import app
-from phi3v_dist.budget.scaling import cluster, step_time, steps
+from phi3v_dist.budget.scaling import cluster, step_time, step_times
 from phi3v_dist.config import load_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from shards.common.errors import BadInputError
@@ -25,9 +25,9 @@ def test_published_points_of_eight_and_32_a100() -> None:
     )
     model, nodes = Phi3VConfig(), cluster("A100", efficiency=0.3)
     for _ in range(20):  # compute is nearly all of it, so this settles at once
-        step = step_time(config, model, nodes, 8)
+        step = step_time(config, model, nodes, gpus=8)
         nodes = replace(nodes, efficiency=nodes.efficiency * 8.66 / (step.rows / step.seconds))
-    one, four = step_time(config, model, nodes, 8), step_time(config, model, nodes, 32)
+    one, four = step_time(config, model, nodes, gpus=8), step_time(config, model, nodes, gpus=32)
     assert one.rows / one.seconds == pytest.approx(8.66, rel=1e-3)
     assert four.rows / four.seconds == pytest.approx(33.43, rel=0.05)
     # Published as about 21 %; the cookbook's own count of FLOPs differs a little from ours.
@@ -41,15 +41,15 @@ def test_communication_shows_where_links_are_slow_and_rows_short() -> None:
     )
     model = Phi3VConfig()
     fast, slow = cluster("H100"), cluster("H100", across=1.25)
-    assert step_time(config, model, slow, 8) == step_time(config, model, fast, 8)
-    many = step_time(config, model, slow, 256)
+    assert step_time(config, model, slow, gpus=8) == step_time(config, model, fast, gpus=8)
+    many = step_time(config, model, slow, gpus=256)
     assert many.zero - many.hidden > many.compute  # gathers over 10 Gbit/s are longer than a short row's work
-    assert many.tokens_per_gpu < 0.5 * step_time(config, model, fast, 256).tokens_per_gpu
+    assert many.tokens_per_gpu < 0.5 * step_time(config, model, fast, gpus=256).tokens_per_gpu
     long = load_config(CONFIGS / "full-128k.yaml", ["data.path=x", "model.path=x"])
-    shared = step_time(long, model, fast, 64)
-    assert shared.exchange > 0 and step_time(config, model, fast, 64).exchange == 0
-    assert [step.gpus for step in steps(long, model, fast)] == [8, 16, 32, 64, 128, 256, 512, 1024]
-    for step in steps(long, model, fast):
+    shared = step_time(long, model, fast, gpus=64)
+    assert shared.exchange > 0 and step_time(config, model, fast, gpus=64).exchange == 0
+    assert [step.gpus for step in step_times(long, model, fast)] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    for step in step_times(long, model, fast):
         parts = step.compute + (step.zero - step.hidden) + step.exchange + step.optimizer
         assert step.seconds == pytest.approx(parts) and 0 <= step.hidden <= step.compute
 

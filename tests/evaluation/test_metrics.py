@@ -95,7 +95,7 @@ def test_intervals_hold_the_value_and_shrink_with_more_samples() -> None:
     assert summarise(rows, 1) == summarise(rows[::-1], 1) != summarise(rows, 2)
 
 
-def test_slices_share_out_the_rows() -> None:
+def test_slices_share_out_the_answers() -> None:
     found = slices([{"x": 1.0}, {"x": 3.0}, {"x": None}, {"x": 5.0}], ["a", "b", "b", None])
     assert list(found) == ["b", "a"]
     assert (found["b"].samples, found["b"].values["x"], found["a"].values["x"]) == (2, 3.0, 1.0)
@@ -104,7 +104,11 @@ def test_slices_share_out_the_rows() -> None:
 def test_metrics_are_names_or_functions_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_metrics(["price", "anls"]) == [METRICS["price"], METRICS["anls"]]
     assert find_metrics(["phi3v_dist.evaluation.metrics:anls"]) == [anls]
-    for name, why in (("prise", "there are price"), ("no.such:f", "No module"), ("math:pi", "no function")):
+    for name, why in (
+        ("prise", "there are price"),
+        ("no.such:f", "No module"),
+        ("math:pi", "not a function"),
+    ):
         with pytest.raises(BadInputError, match=why):
             find_metrics([name])
     with pytest.raises(BadInputError, match="metric gcd failed on the answer 'b'"):

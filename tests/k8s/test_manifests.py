@@ -126,7 +126,9 @@ def test_master_and_workers_make_the_nodes(tmp_path: Path) -> None:
     arguments = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["args"]
     assert arguments[-2:] == ["train.lr=2e-5", "track.group=two words"]
     alone = k8s.describe(str(config), [], JobSize())
-    assert list(manifests.pytorch_job(alone, manifests.KubernetesOptions())["spec"]["pytorchReplicaSpecs"]) == ["Master"]
+    assert list(
+        manifests.pytorch_job(alone, manifests.KubernetesOptions())["spec"]["pytorchReplicaSpecs"]
+    ) == ["Master"]
 
 
 def test_several_data_sets_are_named_by_the_config(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli.main import app
-from launch.shards_array import ShardsTask, launch_shards
+from launch.shards_array import ArraySize, ShardsTask, launch_shards
 from shards.common.errors import BadInputError
 from shards.format.index import read_index
 from shards.sample import make_catalogue
@@ -58,7 +58,7 @@ def test_the_array_and_the_closing_job_are_submitted(
     monkeypatch.setenv("PATH", f"{bin_dir}:/usr/bin:/bin")
     source, out = make_catalogue(tmp_path / "catalogue", 24, seed=3), tmp_path / "out"
     options = ["--group-by", "product_code", "--shard-samples", "5"]
-    assert launch_shards(str(source), str(out), options, 3, logs=str(tmp_path / "logs")) == 0
+    assert launch_shards(str(source), str(out), options, size=ArraySize(3), logs=str(tmp_path / "logs")) == 0
     said = capsys.readouterr().out
     assert "job 41: 3 tasks" in said and "job 42: then closes" in said
     assert "--array=0-2%3" in Path(f"{log}.1").read_text()
@@ -79,20 +79,20 @@ def test_a_task_that_fails_is_a_failed_job(tmp_path: Path, capfd: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("tasks", "more", "words"),
+    ("more", "words"),
     [
-        (0, [], "0 tasks"),
-        (2, ["--task", "0/2"], "--task is not for"),
-        (2, ["--gruop-by", "code"], "No such option: --gruop-by"),
-        (2, ["--shard-samples", "many"], "shard-samples"),
-        (2, [], "no sbatch on the PATH"),
+        (["--tasks", "0"], "0 tasks"),
+        (["--task", "0/2"], "--task is not for"),
+        (["--gruop-by", "code"], "No such option: --gruop-by"),
+        (["--shard-samples", "many"], "shard-samples"),
+        (["--minutes", "2"], "leaves no time to build"),
+        ([], "no sbatch on the PATH"),
     ],
 )
 def test_what_cannot_be_submitted_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: int, more: list[str], words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], words: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BadInputError, match=words):
-        launch_shards("t.csv", "out", more, tasks, logs=str(tmp_path / "logs"))
-    with pytest.raises(BadInputError, match="leaves no time to build"):
-        launch_shards("t.csv", "out", [], 2, minutes=2)
+    command = ["launch", "shards", "t.csv", "--out", "out", "--logs", str(tmp_path / "logs"), *more]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, BadInputError) and words in str(refused.exception)

@@ -89,7 +89,9 @@ def test_a_controller_that_does_not_answer_has_not_forgotten_the_job(
 def requeue(
     directory: Path, shown: str, *words: str, environment: dict[str, str]
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """launch/requeue.sh with a stand-in for scontrol that answers `show` with a text; and what it was asked."""
+    """launch/requeue.sh with a stand-in for scontrol that answers `show` with a text; and what it was
+    asked.
+    """
     calls = directory / "calls"
     calls.unlink(missing_ok=True)
     (directory / "scontrol").write_text(

@@ -60,9 +60,9 @@ def make_run(run_dir: Path, lr: float = 1e-3) -> Path:
 def test_a_page_holds_curves_scores_pictures_and_restarts(tmp_path: Path) -> None:
     page = report(make_run(tmp_path / "one"))
     HTMLParser().feed(page)
-    for word in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "Model FLOPs", "waiting for data",
-                 "Host memory", "Fill of the rows", "eval/price_mae, 95 % interval", "resumed from",
-                 "only errors (1 of 2 shown, 2 answered)"):  # fmt: skip
+    for word in ("Loss", "Learning rate", "Gradient norm", "Tokens per second", "Model FLOPs",
+                 "waiting for data", "Host memory", "Fill of the rows", "eval/price_mae, 95 % interval",
+                 "resumed from", "only errors (1 of 2 shown, 2 answered)"):  # fmt: skip
         assert word in page, word
     assert page.count("<img ") == 2 and 'tr class="right"' in page and 'tr class="wrong"' in page
     assert "&lt;script&gt;" in page and "<script" not in page
