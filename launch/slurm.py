@@ -147,7 +147,7 @@ def slurm_executor(folder: Path) -> Any:
 
 
 def refused(error: Exception) -> BadInputError:
-    """What Slurm said when it refused a job, as one line."""
+    """The error that tells in one line why Slurm refused a job."""
     return BadInputError(f"Slurm refused the job: {' '.join(str(error).split())[-300:]}")
 
 

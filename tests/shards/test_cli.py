@@ -85,7 +85,7 @@ def test_the_catalogue_is_served_until_interrupted(tmp_path: Path) -> None:
         (["build", "TABLE"], "--out is missing"),
         (["build", "--out", "OUT/o"], "SOURCE .and no recipe that names one. is missing"),
         (["build", "TABLE", "--out", "OUT/o", "--task", "1"], "--task 1: must be I/N, such as 0/8"),
-        (["build", "TABLE", "--out", "OUT/o", "--task", "0/2", "--retry-failed"], "first close the set"),
+        (["build", "TABLE", "--out", "OUT/o", "--task", "0/2", "--retry-failed"], "first close the dataset"),
         (["build", "TABLE", "--out", "OUT/o", "--recipe", "none"], "none: no such recipe"),
         (["verify", "OUT"], "no dataset.json, so the dataset is incomplete"),
         (["inspect", "OUT"], "no dataset.json, so the dataset is incomplete"),
