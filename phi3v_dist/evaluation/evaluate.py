@@ -36,12 +36,12 @@ from phi3v_dist.data.loader import RowMaker
 from phi3v_dist.data.plan import MicroRow
 from phi3v_dist.data.samples import Samples
 from phi3v_dist.data.tokens import Counter, SampleCosts, sample_costs
-from phi3v_dist.engine.gather import keep_whole
 from phi3v_dist.engine.zero import prepare_deepspeed
 from phi3v_dist.evaluation.generate import answer_all
 from phi3v_dist.evaluation.metrics import constant_answer, find_metrics
 from phi3v_dist.evaluation.prompts import Questions, read_split
 from phi3v_dist.evaluation.scores import Scores, sample_values, slices, summarise
+from phi3v_dist.evaluation.whole import keep_whole
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.processor.geometry import vision_calls_needed
@@ -107,7 +107,9 @@ def evaluate(source: Source, dataset: str, how: How, mesh: Mesh) -> Evaluation:
     reader = processor(source)
     shapes = questions.shapes(reader.tokenizer, reader.num_crops, reader.tile)
     positions = max(shape.tokens for shape in shapes) + how.max_new_tokens
-    if keep_whole(how.weights, config, dtype, how.batch_size, positions, mesh):
+    if keep_whole(
+        how.weights, config, dtype, batch_size=how.batch_size, positions=positions, mesh=mesh
+    ):
         restored = restore(source, mesh.device, dtype)
     else:
         prepare_deepspeed(mesh)

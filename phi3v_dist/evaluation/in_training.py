@@ -23,10 +23,10 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import RowMaker
 from phi3v_dist.data.samples import Samples
 from phi3v_dist.data.tokens import Counter, sample_costs
-from phi3v_dist.engine.gather import gather_weights, keep_whole
 from phi3v_dist.evaluation.evaluate import Evaluation, How, score_answers, split_loss, write_evaluation
 from phi3v_dist.evaluation.metrics import find_metrics
 from phi3v_dist.evaluation.prompts import Question, Questions, read_split, spread
+from phi3v_dist.evaluation.whole import gather_weights, keep_whole
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.parallel.mesh import Mesh
@@ -134,10 +134,13 @@ class Validation:
             self._pretrained.tokenizer, self._config.data.num_crops, self._processor.tile
         )
         positions = max(shape.tokens for shape in shapes) + self._how.max_new_tokens
-        whole = keep_whole(self._how.weights, config, dtype, self._how.batch_size, positions, self._mesh)
+        whole = keep_whole(
+            self._how.weights, config, dtype,
+            batch_size=self._how.batch_size, positions=positions, mesh=self._mesh,
+        )  # fmt: skip
         device = self._mesh.device
         if whole:
-            copy = gather_weights(engine, config, dtype, device)
+            copy = gather_weights(engine, config, dtype, device=device)
             return Restored(copy, config, self._processor, device, dtype)
         return Restored(engine.module, config, self._processor, device, dtype, partitioned=True)
 

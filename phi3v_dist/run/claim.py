@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from phi3v_dist.checkpoint.read import read_meta
 from phi3v_dist.config import RunConfig, changed_keys, config_json, flatten
 from phi3v_dist.run.layout import CONFIG, RUN_ID
 from phi3v_dist.run.logs import not_writable
@@ -89,24 +88,26 @@ class RunLock:
             self._descriptor = None
 
 
-def open_run_dir(config: RunConfig, data_fingerprint: str, checkpoint: Path | None) -> None:
-    """Makes the run directory of `config` this run's, which goes on from `checkpoint` if there is one.
+def open_run_dir(
+    config: RunConfig, data_fingerprint: str, before: dict[str, Any] | None, *, wandb_id: str | None
+) -> None:
+    """Makes the run directory of `config` this run's. before, wandb_id: what the checkpoint that it resumes
+    from says of the run (configuration, data_fingerprint) and of its W&B run; None without one.
 
     Raises BadInputError if that is of another configuration or other data, naming what differs and what may.
     """
     run_dir = config.run_dir
     try:
-        if checkpoint is not None:
-            meta = read_meta(checkpoint)
-            _check_same(run_dir, config, data_fingerprint, meta["run"])
-            if meta["wandb_id"] and not (run_dir / RUN_ID).exists():
-                write_atomically(run_dir / RUN_ID, meta["wandb_id"].encode())
+        if before is not None:
+            _check_same(run_dir, config, data_fingerprint, before=before)
+            if wandb_id and not (run_dir / RUN_ID).exists():
+                write_atomically(run_dir / RUN_ID, wandb_id.encode())
         write_atomically(run_dir / CONFIG, config_json(config).encode())
     except OSError as error:
         raise not_writable(run_dir, error) from error
 
 
-def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, before: dict[str, Any]) -> None:
+def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, *, before: dict[str, Any]) -> None:
     old, new = _with_defaults(before["config"]), config.model_dump(mode="json")
     changed = changed_keys(old, new)
     if "data.sources" in changed and _weights(old) == _weights(new):

@@ -25,14 +25,20 @@ import torch
 
 from phi3v_dist.budget.flops import Flops, peak_tflops, row_flops, shape_of, utilisation
 from phi3v_dist.checkpoint import read as checkpoint
-from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.checkpoint.save import ModelCard, Saver
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import LoadedRow, RowCounts, load_rows
 from phi3v_dist.data.plan import RankRows, StepRows
 from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
 from phi3v_dist.engine.nvme import prepare_swapping, remove_swapped
-from phi3v_dist.engine.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
+from phi3v_dist.engine.zero import (
+    make_engine,
+    partitioned_fraction,
+    partitioned_parameters,
+    prepare_deepspeed,
+    zero_config,
+)
 from phi3v_dist.evaluation.in_training import BestSoFar, PendingEvaluation, Validation
 from phi3v_dist.exits import PreemptedError
 from phi3v_dist.model.dtypes import torch_dtype
@@ -85,7 +91,9 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
     fingerprint = mesh.everywhere(lambda: data_fingerprint(config))
     check_same_everywhere(config, fingerprint, mesh)
     resume = checkpoint.find_resume(run_dir / CHECKPOINTS, mesh)
-    mesh.on_main(lambda: open_run_dir(config, fingerprint, resume))
+    stored = None if resume is None else checkpoint.read_meta(resume)
+    before, wandb_id = (None, None) if stored is None else (stored.run, stored.wandb_id)
+    mesh.on_main(lambda: open_run_dir(config, fingerprint, before, wandb_id=wandb_id))
 
     gpu_bytes = torch.cuda.mem_get_info()[1] if mesh.device.type == "cuda" else None
     mesh.everywhere(lambda: check_offload_path(config))
@@ -97,7 +105,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
     data = _prepare_data(config, pretrained, run_dir, mesh)
     plan = data.plan
     end_row = plan.end_row(config.train.epochs) if config.train.epochs else None
-    progress = Progress() if resume is None else Progress(**checkpoint.read_meta(resume)["progress"])
+    progress = Progress() if stored is None else stored.progress
     steps = config.train.steps or progress.step + plan.steps_between(progress.rows, end_row or 0)
     pending = PendingEvaluation(run_dir, progress.step, mesh)
     if resume is not None and progress.step >= steps and pending.metrics is None:
@@ -122,8 +130,9 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
     tracker = Tracker(config, run_dir, progress.step, about, progress.rows) if mesh.is_main else None
     saved = progress.step if pending.metrics is None else 0  # again, for it may turn out to be the best
     saver = Saver(
-        engine, run_dir / CHECKPOINTS, card, about, run_dir / RUN_ID, mesh, config.checkpoint, saved
-    )
+        engine, run_dir / CHECKPOINTS, mesh,
+        card=card, run=about, wandb_id=run_dir / RUN_ID, config=config.checkpoint, saved_step=saved,
+    )  # fmt: skip
     stability = Stability(run_dir / "logs", mesh, config.train.max_bad_steps)
     best = BestSoFar(config, mesh)
 
@@ -164,7 +173,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
     try:
         _leave_if_asked(stop, mesh)
         while progress.step < steps or pending.metrics is not None:
-            before, stopping, broken_off = progress.step, False, False
+            began_at, stopping, broken_off = progress.step, False, False
             if pending.metrics is None:
                 step_rows = plan.step(progress.rows, end_row)
                 rate = learning_rate(progress.step, steps, config.train)
@@ -173,7 +182,7 @@ def _train(config: RunConfig, mesh: Mesh, stop: Stop, heartbeat: Heartbeat) -> P
                     engine, feed, accumulation, step_rows, rate, progress, window, quarantine, saver,
                     stability, heartbeat, stop, mesh, work,
                 )  # fmt: skip
-            stepped, done = progress.step > before, progress.step == steps
+            stepped, done = progress.step > began_at, progress.step == steps
 
             validating = done or (config.eval.every_steps and progress.step % config.eval.every_steps == 0)
             saving = done or stopping or progress.step % config.checkpoint.every_steps == 0
@@ -440,15 +449,15 @@ def _prepare_data(config: RunConfig, pretrained: Pretrained, run_dir: Path, mesh
 
 
 def _make_engine(config: RunConfig, pretrained: Pretrained, accumulation: int, mesh: Mesh) -> Any:
-    model = build_model(
-        pretrained.model_config, torch_dtype(config.model.dtype), zero_config(config, accumulation)
-    )
+    dtype = torch_dtype(config.model.dtype)
+    with partitioned_parameters(zero_config(config, accumulation), dtype):
+        model = build_model(pretrained.model_config, dtype)
     mesh.everywhere(lambda: load_weights(model, pretrained.model_dir))
     model.vision_chunk = config.model.vision_chunk
     model.sequence = mesh.sequence
     save_memory(model, config)
     choose_learning(model, config.model, config.seed)
-    return make_engine(model, parameter_groups(model, config.train), config, accumulation)
+    return make_engine(model, parameter_groups(model, config.train), config, accumulation=accumulation)
 
 
 def _about(config: RunConfig, fingerprint: str, mesh: Mesh, engine: Any) -> dict[str, Any]:

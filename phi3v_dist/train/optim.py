@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from phi3v_dist.config import Group, TrainConfig
+from phi3v_dist.engine.partition import full_shape
 from phi3v_dist.model.groups import group_of
 
 
@@ -25,8 +26,7 @@ def parameter_groups(model: torch.nn.Module, config: TrainConfig) -> list[dict[s
     found: dict[tuple[Group, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
-            matrix = sum(side > 1 for side in shape) > 1
+            matrix = sum(side > 1 for side in full_shape(parameter)) > 1
             found.setdefault((group_of(name), matrix), []).append(parameter)
     return [
         {

@@ -163,7 +163,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
     assert recorded_exit(run_dir, began) == PREEMPTED
     newest = checkpoint.newest(run_dir / "checkpoints")
     assert newest is not None
-    step = checkpoint.read_meta(newest)["progress"]["step"]
+    step = checkpoint.read_meta(newest).progress.step
     assert max(logged(run_dir, "train/loss")) == step
 
     output = run_ranks(tiny_config, 2, f"train.steps={step + 2}", "track.mode=offline")
