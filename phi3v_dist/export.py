@@ -1,9 +1,8 @@
-"""A trained model as others load it: a directory in the published layout, checked by loading it again.
+"""Exports a trained model to a directory in the published layout, and checks it by loading it again.
 
 In: a run or a checkpoint of any world size. Out: safetensors with the official names, config, tokenizer,
 preprocessor and generation config, and README.md, which says where it comes from and how good it is. One
-tensor at a time is in memory beside the shard being written, so one machine without a GPU is enough. Called
-by `phi3v export`.
+tensor at a time is in memory beside the shard being written, so one machine without a GPU is enough.
 """
 
 from __future__ import annotations
@@ -86,15 +85,15 @@ def export_adapter(source: Source, out: Path) -> Path:
 
 
 def _checked(source: Source, out: Path) -> CheckpointMeta:
-    """What the checkpoint `source` says of itself. Raises BadInputError if it is none or `out` holds
-    something.
+    """What the checkpoint `source` says of itself. Raises BadInputError if it is not a checkpoint
+    or `out` holds something.
     """
     if not source.is_checkpoint:
         raise BadInputError(
             f"{source.directory}: is a model directory already; export takes a run or a checkpoint"
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BadInputError(f"{out}: is no empty directory; choose another or remove it")
+        raise BadInputError(f"{out}: is not an empty directory; choose another or remove it")
     return checkpoint.read_meta(source.directory)
 
 

@@ -22,9 +22,16 @@ from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.checkpoint.read import BEST, LATEST, checkpoints, find_resume, load, newest, point
 from phi3v_dist.checkpoint.save import ModelCard, Saver
 from phi3v_dist.checkpoint.state import KeptState
-from phi3v_dist.config import CheckpointConfig, load_config
+from phi3v_dist.config import CheckpointConfig, RunConfig, load_config
 from phi3v_dist.engine.state import trained_slices
-from phi3v_dist.engine.zero import make_engine, partitioned_parameters, prepare_deepspeed, zero_config
+from phi3v_dist.engine.zero import (
+    initialize,
+    make_engine,
+    partitioned_parameters,
+    prepare_deepspeed,
+    zero_config,
+)
+from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
 from phi3v_dist.pretrained import prepare_pretrained
@@ -124,6 +131,35 @@ def test_what_is_read_is_what_was_there_when_it_was_saved(
     assert [group["weight_decay"] for group in run.engine.optimizer.param_groups] == [0.1, 0.0]
     assert [group["lr"] for group in run.engine.optimizer.param_groups] == [g["lr"] for g in groups]
     assert {float(s["step"]) for s in run.engine.optimizer.optimizer.state.values()} == {3.0}
+
+
+def test_another_optimizer_is_saved_and_read_with_no_change_here(run: Run, tmp_path: Path) -> None:
+    """SGD with momentum: no step count, one tensor per element, and none before the first step."""
+    config = RunConfig.model_validate(run.about["config"])
+    with partitioned_parameters(zero_config(config, 1), torch.float32):
+        model = build_model(Phi3VConfig(**run.card.config), torch.float32)
+    load_weights(model, run.card.model_dir)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    sgd = torch.optim.SGD([{"params": learning, "name": "all", "lr": 0.1}], momentum=0.9)
+    engine = initialize(model, sgd, zero_config(config, 1))
+    other = Run(engine, run.mesh, run.card, run.about)
+    try:
+        for flat in engine.optimizer.fp32_partitioned_groups_flat:
+            engine.optimizer.optimizer.state[flat]["momentum_buffer"] = torch.rand_like(flat.data)
+        before = other.state()
+        other.saver(tmp_path).save(Progress(step=1))
+        other.disturb()
+        assert load(engine, tmp_path / "step-000001", run.mesh).step == 1
+        after = other.state()
+        assert sum(name.startswith("momentum_buffer/") for name in before) == len(learning)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        with pytest.raises(BadInputError, match="holds no exp_avg/.*written with another optimizer"):
+            target = tmp_path / "step-000001"
+            meta = checkpoint.read_meta(target)
+            assert meta.adam_steps == [0.0]
+            load(run.engine, target, run.mesh)
+    finally:
+        engine.destroy()
 
 
 def damage(target: Path, how: str) -> None:

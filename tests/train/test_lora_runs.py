@@ -69,7 +69,7 @@ def test_adapters_learn_on_two_ranks_as_in_plain_torch(tiny_config: Path) -> Non
         ours = restore(find_source(out), "cpu", torch.float32).model(input_ids=ids).logits
         theirs = adapted(input_ids=ids).logits
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
-    with pytest.raises(BadInputError, match="is no empty directory"):
+    with pytest.raises(BadInputError, match="is not an empty directory"):
         export_adapter(source, kept)
 
 

@@ -98,7 +98,7 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
         "README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    with pytest.raises(BadInputError, match="is no empty directory"):
+    with pytest.raises(BadInputError, match="is not an empty directory"):
         export(find_source(run_dir), out)
     assert len(verify(find_source(run_dir), out, str(load_config(tiny_config).data.path), 2)) == 2
     assert "| exact_match |" in (out / "README.md").read_text()
