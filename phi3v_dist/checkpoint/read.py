@@ -324,18 +324,18 @@ class _Base:
         except (BadInputError, SafetensorError, OSError) as error:
             raise BadInputError(
                 f"{target}: holds only what was trained; its frozen weights are those of "
-                f"{meta['model_dir']}, which cannot be read ({error})"
+                f"{meta.model_dir}, which cannot be read ({error})"
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter in the dtype it was trained with."""
         if name not in self._where:
-            raise BadInputError(f"{self._target}: {self._meta['model_dir']} has no tensor {name}")
+            raise BadInputError(f"{self._target}: {self._meta.model_dir} has no tensor {name}")
         dtype = getattr(torch, self._meta.frozen_dtype)
         found: torch.Tensor = self._where[name].get_tensor(name).to(dtype)
         if int(bit_sum(found.view(-1))) != self._meta.frozen_sums[name]:
             raise BadInputError(
-                f"{self._target}: {name} in {self._meta['model_dir']} is not what the run was "
+                f"{self._target}: {name} in {self._meta.model_dir} is not what the run was "
                 "trained on; restore that model directory"
             )
         return found
