@@ -12,7 +12,6 @@ import torch
 
 from phi3v_dist.model.hub import build_model, init_random_checkpoint, load_config, load_weights
 from phi3v_dist.processor.tokenizer import train_tokenizer
-from tests.model.conftest import tiny  # noqa: F401 - a fixture
 from tests.ranks import finish, start
 
 RANKS = 2
