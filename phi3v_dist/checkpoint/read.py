@@ -333,7 +333,7 @@ class _Base:
             raise BadInputError(f"{self._target}: {self._meta.model_dir} has no tensor {name}")
         dtype = getattr(torch, self._meta.frozen_dtype)
         found: torch.Tensor = self._where[name].get_tensor(name).to(dtype)
-        if int(bit_sum(found.view(-1))) != self._meta.frozen_sums[name]:
+        if int(bit_sum(found.view(-1))) != (self._meta.frozen_sums or {}).get(name):
             raise BadInputError(
                 f"{self._target}: {name} in {self._meta.model_dir} is not what the run was "
                 "trained on; restore that model directory"

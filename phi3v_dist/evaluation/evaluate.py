@@ -107,9 +107,7 @@ def evaluate(source: Source, dataset: str, how: How, mesh: Mesh) -> Evaluation:
     reader = processor(source)
     shapes = questions.shapes(reader.tokenizer, reader.num_crops, reader.tile)
     positions = max(shape.tokens for shape in shapes) + how.max_new_tokens
-    if keep_whole(
-        how.weights, config, dtype, batch_size=how.batch_size, positions=positions, mesh=mesh
-    ):
+    if keep_whole(how.weights, config, dtype, batch_size=how.batch_size, positions=positions, mesh=mesh):
         restored = restore(source, mesh.device, dtype)
     else:
         prepare_deepspeed(mesh)
