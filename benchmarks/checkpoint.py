@@ -20,11 +20,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from benchmarks.record import Comparison, report
-from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.checkpoint.save import ModelCard, Saver
-from phi3v_dist.checkpoint.state import MOMENTS
 from phi3v_dist.config import CheckpointConfig, load_config
-from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
+from phi3v_dist.engine.zero import make_engine, partitioned_parameters, prepare_deepspeed, zero_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.parallel.mesh import open_mesh
@@ -46,13 +45,14 @@ def main() -> int:
     fields |= {"num_attention_heads": 32, "num_key_value_heads": 32, "pad_token_id": None}
     with open_mesh(600.0) as mesh, tempfile.TemporaryDirectory(dir=options.folder) as work:
         prepare_deepspeed(mesh)
-        model = build_model(Phi3VConfig(**fields), torch.float32, zero_config(config, 1))
-        engine = make_engine(model, parameter_groups(model, config.train), config, 1)
+        with partitioned_parameters(zero_config(config, 1), torch.float32):
+            model = build_model(Phi3VConfig(**fields), torch.float32)
+        engine = make_engine(model, parameter_groups(model, config.train), config, accumulation=1)
         numel = 0
         for flat in engine.optimizer.fp32_partitioned_groups_flat:
             engine.optimizer.optimizer.state[flat] = {
                 "step": torch.tensor(1.0),
-                **{kind: torch.rand_like(flat) for kind in MOMENTS},
+                **{kind: torch.rand_like(flat) for kind in ("exp_avg", "exp_avg_sq")},
             }
             numel += flat.numel()
         print(f"{numel / 1e6:.0f} million parameters that learn, {12 * numel / 1e9:.2f} GB a checkpoint")
@@ -62,7 +62,10 @@ def main() -> int:
         for way in ("waiting", "async"):
             settings = CheckpointConfig.model_validate({"async": way == "async", "keep_last": 1})
             folder = Path(work) / way
-            savers[way] = Saver(engine, folder, card, about, folder / "none", mesh, settings, 0)
+            savers[way] = Saver(
+                engine, folder, mesh,
+                card=card, run=about, wandb_id=folder / "none", config=settings, saved_step=0,
+            )  # fmt: skip
         held: dict[str, list[float]] = {"waiting": [], "async": []}
         for step in range(1, options.rounds + 1):
             for way, saver in savers.items():

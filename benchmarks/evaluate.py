@@ -32,10 +32,10 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
 
     from phi3v_dist.checkpoint.restore import Restored, find_source, restore_partitioned
     from phi3v_dist.config import load_config
-    from phi3v_dist.engine.gather import gather_weights
     from phi3v_dist.engine.zero import prepare_deepspeed
     from phi3v_dist.evaluation.generate import generate_all
     from phi3v_dist.evaluation.prompts import Prompts, read_split
+    from phi3v_dist.evaluation.whole import gather_weights
     from phi3v_dist.parallel.mesh import open_mesh
     from phi3v_dist.pretrained import prepare_pretrained
 
@@ -56,7 +56,7 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
                 restored = parts
                 if way == "whole":
                     engine = SimpleNamespace(module=parts.model)
-                    copy = gather_weights(engine, parts.config, torch.float32, mesh.device)
+                    copy = gather_weights(engine, parts.config, torch.float32, device=mesh.device)
                     restored = Restored(copy, parts.config, parts.processor, mesh.device, torch.float32)
                 answers.append(
                     generate_all(restored, prompts, mesh, batch_size=batch, max_new_tokens=tokens)[0]

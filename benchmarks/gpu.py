@@ -31,7 +31,7 @@ from phi3v_dist.budget.flops import peak_tflops, row_flops, shape_of
 from phi3v_dist.budget.memory import Estimate, estimate
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.collate import Document, collate
-from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
+from phi3v_dist.engine.zero import make_engine, partitioned_parameters, prepare_deepspeed, zero_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.hub import build_model
@@ -143,12 +143,14 @@ def try_settings(
                 "estimate_gb": first.without_reserve / 1e9, "tried": False,
             }
         ]  # fmt: skip
-    model = build_model(config, torch_dtype(run.model.dtype), zero_config(run, 1))
+    dtype = torch_dtype(run.model.dtype)
+    with partitioned_parameters(zero_config(run, 1), dtype):
+        model = build_model(config, dtype)
     for parameter_name, parameter in model.named_parameters():
         norm = parameter_name.endswith(("norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight"))
         parameter.ds_tensor.fill_(1.0) if norm else parameter.ds_tensor.normal_(0.0, 0.02)
     save_memory(model, run)
-    engine = make_engine(model, parameter_groups(model, run.train), run, 1)
+    engine = make_engine(model, parameter_groups(model, run.train), run, accumulation=1)
     runs: list[dict[str, Any]] = []
     for length in lengths:
         if time.monotonic() > stop_at:

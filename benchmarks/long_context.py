@@ -31,7 +31,7 @@ from benchmarks.record import Comparison, report
 from phi3v_dist.budget.memory import estimate
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.collate import Document, collate
-from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
+from phi3v_dist.engine.zero import make_engine, partitioned_parameters, prepare_deepspeed, zero_config
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.model.memory import save_memory
@@ -116,7 +116,8 @@ def worker(case: dict[str, Any]) -> None:
     with open_mesh(600, config.parallel.sp) as mesh:
         prepare_deepspeed(mesh)
         row = synthetic_row(case["length"])
-        model = build_model(model_of, torch.float32, zero_config(config, 1))
+        with partitioned_parameters(zero_config(config, 1), torch.float32):
+            model = build_model(model_of, torch.float32)
         generator = torch.Generator().manual_seed(mesh.rank)
         for name, parameter in model.named_parameters():
             norm = name.endswith(("norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight"))
@@ -124,7 +125,7 @@ def worker(case: dict[str, Any]) -> None:
             values.fill_(1.0) if norm else values.normal_(0.0, 0.05, generator=generator)
         model.sequence = mesh.sequence
         save_memory(model, config)
-        engine = make_engine(model, parameter_groups(model, config.train), config, 1)
+        engine = make_engine(model, parameter_groups(model, config.train), config, accumulation=1)
         # A short row first: DeepSpeed and torch load much of themselves at the first step.
         losses = [float(train_step(engine, synthetic_row(1024), mesh))]
         before = status("VmRSS") - lasting(config, model_of)

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.long_context import model_config, run_config, synthetic_row, train_step
 from benchmarks.record import Comparison, report
-from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
+from phi3v_dist.engine.zero import make_engine, partitioned_parameters, prepare_deepspeed, zero_config
 from phi3v_dist.model.hub import build_model
 from phi3v_dist.model.memory import save_memory
 from phi3v_dist.parallel.mesh import open_mesh
@@ -37,12 +37,13 @@ def worker(sp: int, tokens: int, steps: int, out: str) -> None:
     config = run_config(tokens, sp=sp)
     with open_mesh(600, sp) as mesh:
         prepare_deepspeed(mesh)
-        model = build_model(model_config(), torch.float32, zero_config(config, 1))
+        with partitioned_parameters(zero_config(config, 1), torch.float32):
+            model = build_model(model_config(), torch.float32)
         for parameter in model.parameters():
             parameter.ds_tensor.normal_(0.0, 0.02)
         model.sequence = mesh.sequence
         save_memory(model, config)
-        engine = make_engine(model, parameter_groups(model, config.train), config, 1)
+        engine = make_engine(model, parameter_groups(model, config.train), config, accumulation=1)
         row, seconds = synthetic_row(tokens), []
         for _ in range(steps + 1):
             began = time.perf_counter()

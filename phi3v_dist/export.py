@@ -1,22 +1,21 @@
-"""A trained model as others load it: a directory in the published layout, checked by loading it again.
+"""Exports a trained model to a directory in the published layout, and checks it by loading it again.
 
 In: a run or a checkpoint of any world size. Out: safetensors with the official names, config, tokenizer,
 preprocessor and generation config, and README.md, which says where it comes from and how good it is. One
-tensor at a time is in memory beside the shard being written, so one machine without a GPU is enough. Called
-by `phi3v export`.
+tensor at a time is in memory beside the shard being written, so one machine without a GPU is enough.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 
 from phi3v_dist import __version__
 from phi3v_dist.checkpoint import read as checkpoint
+from phi3v_dist.checkpoint.meta import CheckpointMeta
 from phi3v_dist.checkpoint.restore import Source, find_source, model_config, restore
 from phi3v_dist.evaluation.generate import generate
 from phi3v_dist.evaluation.prompts import Prompt, Prompts, read_split
@@ -40,9 +39,9 @@ def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes:
         out,
         model_config(source),
         checkpoint.read_tensors(source.directory),
-        torch_dtype(dtype or meta["run"]["config"]["model"]["dtype"]),
+        torch_dtype(dtype or meta.run["config"]["model"]["dtype"]),
         max_shard_bytes=max_shard_bytes,
-        num_crops=meta["num_crops"],
+        num_crops=meta.num_crops,
         tokenizer_dir=source.directory,
     )
     write_atomically(out / "README.md", _card(source, meta).encode())
@@ -59,17 +58,17 @@ def export_adapter(source: Source, out: Path) -> Path:
     adapters = checkpoint.read_adapters(source.directory)
     if not adapters:
         raise BadInputError(f"{source.directory}: the run had no model.lora; leave out --adapter")
-    learnt = [n for n, entry in meta["parameters"].items() if not entry["frozen"] and n not in adapters]
+    learnt = [name for name, entry in meta.parameters.items() if not entry.frozen and name not in adapters]
     if learnt:
         raise BadInputError(
             f"{source.directory}: {len(learnt)} weights have learnt in full beside the adapters, such as "
             f"{learnt[0]}, and would be lost; leave out --adapter to export all of it merged"
         )
-    lora = meta["run"]["config"]["model"]["lora"]
+    lora = meta.run["config"]["model"]["lora"]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": meta["run"]["config"]["model"]["path"] or meta["model_dir"],
+        "base_model_name_or_path": meta.run["config"]["model"]["path"] or meta.model_dir,
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "lora_dropout": 0.0,
@@ -85,16 +84,16 @@ def export_adapter(source: Source, out: Path) -> Path:
     return out
 
 
-def _checked(source: Source, out: Path) -> dict[str, Any]:
-    """What the checkpoint `source` says of itself. Raises BadInputError if it is none or `out` holds
-    something.
+def _checked(source: Source, out: Path) -> CheckpointMeta:
+    """What the checkpoint `source` says of itself. Raises BadInputError if it is not a checkpoint
+    or `out` holds something.
     """
     if not source.is_checkpoint:
         raise BadInputError(
             f"{source.directory}: is a model directory already; export takes a run or a checkpoint"
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise BadInputError(f"{out}: is no empty directory; choose another or remove it")
+        raise BadInputError(f"{out}: is not an empty directory; choose another or remove it")
     return checkpoint.read_meta(source.directory)
 
 
@@ -145,8 +144,8 @@ def _some_questions(dataset: str | None, samples: int) -> list[Prompt]:
     raise BadInputError(f"{dataset}: neither a split val nor train to verify with")
 
 
-def _card(source: Source, meta: dict[str, Any]) -> str:
-    run, config = meta["run"], meta["run"]["config"]
+def _card(source: Source, meta: CheckpointMeta) -> str:
+    run, config = meta.run, meta.run["config"]
     data = config["data"]
     commit = (run.get("git") or {}).get("commit")
     return "\n".join(
@@ -169,7 +168,7 @@ def _card(source: Source, meta: dict[str, Any]) -> str:
             f"- data: fingerprint `{run['data_fingerprint']}`, split `{data['train_split']}`",
             f"- started from: `{config['model']['path'] or 'new weights'}`",
             f"- code: {f'commit `{commit}`' if commit else 'no git checkout'}",
-            f"- seen: {meta['progress']['tokens']:,} tokens, {meta['progress']['images']:,} pictures",
+            f"- seen: {meta.progress.tokens:,} tokens, {meta.progress.images:,} pictures",
             f"- versions: {json.dumps(run['versions'])}",
             "",
             "```json",

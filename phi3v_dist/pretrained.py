@@ -4,13 +4,12 @@ model.
 In: the configuration. Out: `Pretrained`. For `model.path` nothing is copied. For `model.config`, RUN/init
 gets a directory in the published layout with weights drawn from the seed and RUN/tokenizer, without
 `model.tokenizer`, a tokenizer trained on the train split. Each says what it was made of, and is made again
-when that has changed. Called by the train loop; `phi3v plan` and `phi3v debug row` need the tokenizer alone.
+when that has changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import shutil
@@ -29,6 +28,8 @@ from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
+from shards.common.nearest import did_you_mean
+from shards.common.text import one_line
 from shards.format.index import read_index
 
 INIT = "init"
@@ -134,7 +135,7 @@ def _note_made(directory: Path, of: dict[str, Any]) -> None:
 
 
 def _new_config(fields: dict[str, Any], **defaults: int | None) -> Phi3VConfig:
-    """The model of model.config. Raises BadInputError; a key that is none would change nothing, silently."""
+    """The model of model.config. Raises BadInputError, also for an unknown key."""
     clip = fields.get("clip_vision_config")
     _check_keys(fields, Phi3VConfig, "model.config")
     if isinstance(clip, dict):
@@ -142,13 +143,11 @@ def _new_config(fields: dict[str, Any], **defaults: int | None) -> Phi3VConfig:
     try:
         return Phi3VConfig(**{**defaults, **fields})
     except (TypeError, ValueError) as error:
-        raise BadInputError(f"model.config: {' '.join(str(error).split())}") from error
+        raise BadInputError(f"model.config: {one_line(error)}") from error
 
 
 def _check_keys(found: dict[str, Any], kind: type, where: str) -> None:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in found:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-            raise BadInputError(f"unknown key {where}.{key}; {hint}")
+            raise BadInputError(f"unknown key {where}.{key}; {did_you_mean(key, known, otherwise='it has')}")

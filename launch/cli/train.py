@@ -87,8 +87,12 @@ def plan(
 
     run = load_run(config, overrides or [])
     from phi3v_dist.data.describe import describe_plan
+    from phi3v_dist.pretrained import model_config_of, tokenizer_dir
+    from phi3v_dist.processor.tokenizer import load_tokenizer
 
-    print("\n".join(describe_plan(run, dp)))
+    with tempfile.TemporaryDirectory() as scratch:  # a tokenizer that training would train is trained there
+        tokenizer = load_tokenizer(tokenizer_dir(run, Path(scratch)))
+    print("\n".join(describe_plan(run, dp, tokenizer, tile=model_config_of(run).tile)))
 
 
 def estimate(

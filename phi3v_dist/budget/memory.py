@@ -15,15 +15,12 @@ from dataclasses import dataclass
 
 from phi3v_dist.budget.flops import RowShape, row_flops
 from phi3v_dist.config import RunConfig
+from phi3v_dist.engine.buckets import MAX_LIVE, REDUCE_BUCKET
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.groups import shapes_of
 from phi3v_dist.processor.geometry import image_token_count
 
-# DeepSpeed's buffers in elements; parallel.zero sets them. One or two decoder layers of the published model:
-# gradients reduced together, weights whole at a time. Its defaults would hold several times as much.
-REDUCE_BUCKET = 125_000_000
-MAX_LIVE = 300_000_000
-_SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements that an optimizer step updates at a time
+_SUB_GROUP = 1_000_000_000  # DeepSpeed's default: elements of an optimizer step at a time
 _RESERVE = 3 * 2**30  # CUDA context, NCCL buffers, fragmentation
 
 

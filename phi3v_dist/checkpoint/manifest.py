@@ -1,8 +1,8 @@
-"""Files of a checkpoint and what they must hold: written and summed in one pass, checked in another.
+"""Files of a checkpoint and their checksums: both are written in one pass, and checked later.
 
-In: tensors, a directory. Out: safetensors files with their sums, `manifest.json` (bytes and xxh3-128 of every
-file) and `COMPLETE` (the sum of the manifest), which is written last. A sum guards against accidents: cut-off
-files, flipped bits, half copies. No torch.distributed here. Called by saving and checkpoint.
+In: tensors, a directory. Out: safetensors files, `manifest.json` (bytes and xxh3-128 of every file), and
+`COMPLETE` (the checksum of the manifest), which is written last. The checksums find accidents: truncated
+files, flipped bits, incomplete copies. No torch.distributed here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_tensors(path: Path, slots: Sequence[Slot], data: Iterator[torch.Tensor
         for block in _blocks(len(header).to_bytes(8, "little") + header, data):
             digest.update(block)
             size += len(block)
-            while block:  # a raw write may take less, at a full disk for one
+            while block:  # a raw write may write less, for example on a full disk
                 block = block[stream.write(block) :]
         expected = 8 + len(header) + sum(slot.size for slot in slots)
         if size != expected:
@@ -121,8 +121,8 @@ def seal(folder: Path, files: Sequence[Written]) -> None:
 
 
 def shallow_fault(folder: Path) -> str | None:
-    """What is wrong with a sealed directory by names, sizes and the content of small files; None if
-    nothing.
+    """What is wrong with a sealed directory, by names, sizes and the content of small files; None if
+    nothing is.
     """
     try:
         for name, entry in _entries(folder):

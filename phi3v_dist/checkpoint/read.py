@@ -1,31 +1,25 @@
-"""Checkpoints: per-parameter slices that any number of ranks can read, complete or absent.
+"""Reads checkpoints: slices of every parameter that any number of ranks can read; complete or absent.
 
 A checkpoint `checkpoints/step-000123/` holds one safetensors file per rank (that rank's slices of the float32
-master weights, of Adam's moments and of the frozen weights), `meta.json` (progress, hyper-parameters and Adam
-steps of the groups, shapes, the model's configuration, the run's configuration and versions, the W&B run),
-the tokenizer, `manifest.json` with a sum of each, and `COMPLETE`, written last; the directory gets its name
-only then. `latest` names the newest, `best` the one with the best evaluation.
+master weights, of the optimizer's state and of the frozen weights), `meta.json` (see `meta`), the tokenizer,
+`manifest.json` with a checksum of each file, and `COMPLETE`. COMPLETE is written last, and only then the
+directory gets its name. `latest` names the newest checkpoint, `best` the one with the best evaluation.
 
-Frozen weights are in it where they are fewer than those that learn; else (LoRA, a projector alone) they are
-read from the model directory again, and the checkpoint knows what they must be.
+Frozen weights are in it unless they outweigh the trained ones (LoRA, a projector alone). Then they are read
+from the model directory again, and the checkpoint holds sums to check them by.
 
-DeepSpeed's own format does not load at another world size, and its universal one loses the parameter groups'
-hyper-parameters (0.19.8); hence this one. It reads ZeRO-3's internals, so DeepSpeed is pinned exactly.
-
-This file reads; `saving` writes. Called by the train loop (resume), `restore`, export and whoever
-looks for a run's checkpoints.
+DeepSpeed's own format does not load at another world size, and its universal format loses the
+hyper-parameters of the parameter groups (0.19.8); hence this one. `save` writes it.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,37 +28,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from phi3v_dist.checkpoint.manifest import COMPLETE, MANIFEST, content_fault, shallow_fault
-from phi3v_dist.checkpoint.state import MOMENTS, bit_sum, frozen, frozen_sums, named_parameters, trainable
-from phi3v_dist.engine.nvme import SwappedState
+from phi3v_dist.checkpoint.meta import FORMAT, META, CheckpointMeta, Progress, StoredParameter, format_of
+from phi3v_dist.checkpoint.state import (
+    bit_sum,
+    frozen_key,
+    frozen_sums,
+    master_key,
+    state_key,
+    stored_parameters,
+)
+from phi3v_dist.engine.partition import Partition, join, local_slice
+from phi3v_dist.engine.state import (
+    OptimizerState,
+    frozen_parameters,
+    refresh_whole_parameters,
+    trained_slices,
+    write_back,
+)
 from phi3v_dist.model.hub import checkpoint_files
 from phi3v_dist.model.lora import adapters_of, is_adapter, update
 from phi3v_dist.parallel.mesh import Mesh
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
 
-META = "meta.json"
 LATEST = "latest"
 BEST = "best"
-FORMAT = 2
 _DAMAGED = "damaged-"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is. step: optimizer steps taken or skipped; rows: packed rows of the plan consumed by
-    them, all that the data needs to go on. skipped_steps: those without an update, of them bad_streak the
-    last ones in a row.
-    """
-
-    step: int = 0
-    rows: int = 0
-    samples: int = 0
-    tokens: int = 0
-    images: int = 0
-    bad_samples: int = 0
-    skipped_steps: int = 0
-    bad_streak: int = 0
 
 
 def checkpoint_name(step: int) -> str:
@@ -79,12 +69,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(target: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """The step in the name of a checkpoint directory."""
     return int(target.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, None if there is none. A damaged one is passed over, aloud."""
+    """The newest complete checkpoint in `folder`, None if there is none; damaged ones are skipped with a
+    warning.
+    """
     for target in checkpoints(folder):
         fault = fault_of(target) or content_fault(target)
         if fault is None:
@@ -94,10 +86,10 @@ def newest(folder: Path) -> Path | None:
 
 
 def find_resume(folder: Path, mesh: Mesh) -> Path | None:
-    """The newest whole checkpoint, checked byte for byte by all ranks together; None if there is none.
+    """The newest complete checkpoint, checked byte for byte by all ranks together; None if there is none.
 
-    Damaged ones are passed over, aloud, and renamed to damaged-step-N; those that were never finished too.
-    Raises BadInputError if there are only damaged ones: to start from the beginning is the user's decision.
+    Damaged and unfinished ones are skipped with a warning and renamed to damaged-step-N. Raises BadInputError
+    if there are only damaged ones: to start from the beginning is the user's decision.
     """
     damaged: list[tuple[Path, str]] = []
     for target in mesh.on_main(lambda: checkpoints(folder)):
@@ -108,7 +100,7 @@ def find_resume(folder: Path, mesh: Mesh) -> Path | None:
         if fault is None:
             mesh.on_main(partial(read_meta, target))
             if damaged:
-                _log.warning("going on from %s instead", target)
+                _log.warning("resuming from %s instead", target)
                 mesh.on_main(lambda: _set_aside([path for path, _ in damaged]))
             return Path(target)
         _log.warning("%s: not used: %s", target, fault)
@@ -117,19 +109,19 @@ def find_resume(folder: Path, mesh: Mesh) -> Path | None:
     if finished:
         path, fault = finished[0]
         raise BadInputError(
-            f"{path}: {fault}; no other checkpoint is whole. Restore one from a backup, or remove "
+            f"{path}: {fault}; no other checkpoint is complete. Restore one from a backup, or remove "
             f"{folder} to start from the beginning"
         )
     return None
 
 
 def fault_of(target: Path) -> str | None:
-    """Why `target` is no complete checkpoint, by names and sizes; None if it is one."""
+    """Why `target` is not a complete checkpoint, by names and sizes; None if it is one."""
     if not target.is_dir():
         return "no such checkpoint"
     if not (target / COMPLETE).exists():
         return f"incomplete (no {COMPLETE})"
-    if not (target / MANIFEST).exists() and _format(target) != FORMAT:
+    if not (target / MANIFEST).exists() and format_of(target) != FORMAT:
         return None
     return shallow_fault(target)
 
@@ -143,7 +135,7 @@ def _fault_or_refusal(target: Path) -> str | None:
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that `pointer` (LATEST, BEST) names, None if it names none that is there."""
+    """The checkpoint that `pointer` (LATEST, BEST) names, None if it is not there."""
     try:
         name = (folder / pointer).read_text().strip()
     except OSError:
@@ -152,13 +144,13 @@ def pointed(folder: Path, pointer: str) -> Path | None:
 
 
 def best(folder: Path) -> Path | None:
-    """The checkpoint with the best evaluation, None if there is none or it is not whole."""
+    """The checkpoint with the best evaluation, None if there is none or it is not complete."""
     target = pointed(folder, BEST)
     return target if target is not None and fault_of(target) is None else None
 
 
 def point(folder: Path, pointer: str, step: int) -> None:
-    """Makes `pointer` name the checkpoint of `step`, at once or not at all; it is kept while it is named."""
+    """Makes `pointer` name the checkpoint of `step`, atomically; a checkpoint is kept while it is named."""
     write_atomically(folder / pointer, f"{checkpoint_name(step)}\n".encode())
 
 
@@ -168,80 +160,70 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
     Raises BadInputError if it is of another model or damaged.
     """
     meta = read_meta(target)
-    optimizer = engine.optimizer.optimizer
-    numbers = engine.optimizer.sub_group_to_group_id
+    optimizer = OptimizerState(engine)
     with ExitStack() as stack:
         reader = mesh.everywhere(lambda: _Slices(target, meta, stack))
         _check_model(engine, target, meta)
-        swapped = SwappedState(engine.optimizer)
-        for group, members in itertools.groupby(trainable(engine), lambda each: each[-1]):
-            swapped.hold(group)
-            for name, parameter, flat, offset, count, _ in members:
-                state = optimizer.state[flat]
-                for kind in MOMENTS:
-                    if kind not in state:
-                        state[kind] = torch.zeros_like(flat.data)
-                    reader.fill(f"{kind}/{name}", state[kind].narrow(0, offset, count), mesh.rank)
-                state["step"] = torch.tensor(float(meta["adam_steps"][numbers[group]]))
-                master = flat.data.narrow(0, offset, count)
-                reader.fill(f"master/{name}", master, mesh.rank)
-                parameter.ds_tensor.data.copy_(master)
-            swapped.release(changed=True)
-        if meta["frozen_sums"] is None:
-            for name, parameter in frozen(engine):
-                reader.fill(f"frozen/{name}", parameter.ds_tensor.data.view(-1), mesh.rank)
-        elif different := _first_difference(meta["frozen_sums"], frozen_sums(engine, mesh)):
+        _check_optimizer(reader, optimizer, engine)
+        for _, members in itertools.groupby(trained_slices(engine), lambda each: each.sub_group):
+            for trained in members:
+                optimizer.hold(trained)
+                for kind in optimizer.tensors:
+                    reader.fill(state_key(trained, kind), optimizer.place(trained, kind), mesh.rank)
+                optimizer.set_step(trained, meta.adam_steps[trained.group])
+                reader.fill(master_key(trained), trained.of(trained.master.data), mesh.rank)
+                write_back(trained)
+            optimizer.release(changed=True)
+        if meta.frozen_sums is None:
+            for name, parameter in frozen_parameters(engine):
+                reader.fill(frozen_key(name), local_slice(parameter), mesh.rank)
+        elif different := _first_difference(meta.frozen_sums, frozen_sums(engine, mesh)):
             raise BadInputError(
-                f"{target}: was trained on top of other frozen weights than {meta['model_dir']} holds now "
+                f"{target}: was trained on top of other frozen weights than {meta.model_dir} holds now "
                 f"(the first that differs: {different}); restore that model directory"
             )
-    for group, stored in zip(optimizer.param_groups, meta["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    persistent = engine.optimizer.persistent_parameters
-    if persistent:  # whole on every rank: made anew from the slices
-        persistent[0].partition(persistent)
-        persistent[0].all_gather(persistent)
-    return Progress(**meta["progress"])
+    optimizer.set_hyper_parameters(meta.groups)
+    refresh_whole_parameters(engine)
+    return meta.progress
 
 
-def read_meta(target: Path) -> dict[str, Any]:
+def read_meta(target: Path) -> CheckpointMeta:
     """The content of meta.json. Raises BadInputError if `target` is no complete checkpoint of this format."""
     fault = fault_of(target)
     if fault is not None:
         raise BadInputError(f"{target}: {fault}")
-    if (found := _format(target)) != FORMAT:
+    if (found := format_of(target)) != FORMAT:
         raise BadInputError(
-            f"{target}: checkpoint format {found}, this program reads format {FORMAT}; go on with the "
+            f"{target}: checkpoint format {found}, this program reads format {FORMAT}; resume with the "
             "version of phi3v-dist that wrote it, or choose another name for the new run"
         )
-    meta: dict[str, Any] = json.loads((target / META).read_text())
-    return meta
+    return CheckpointMeta.from_json((target / META).read_text())
 
 
 def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every published parameter whole, one at a time: the float32 master weights, those with adapters
-    in float32 with what these add, other frozen ones in their own dtype.
+    """Yields (name, whole tensor) of every published parameter, one at a time: trained ones in float32, those
+    with adapters in float32 with the update merged, other frozen ones in their own dtype.
 
     Raises BadInputError if frozen weights lie in a model directory that is gone or has changed.
     """
     meta = read_meta(target)
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
-        base = _Base(target, meta, stack) if meta["frozen_sums"] is not None else None
-        entries = meta["parameters"]
+        base = _Base(target, meta, stack) if meta.frozen_sums is not None else None
+        entries = meta.parameters
 
         def read(name: str) -> torch.Tensor:
-            shape, is_frozen = entries[name]["shape"], entries[name]["frozen"]
-            if is_frozen and base is not None:
+            entry = entries[name]
+            if entry.frozen and base is not None:
                 return base.tensor(name)
-            return reader.whole(f"{'frozen' if is_frozen else 'master'}/{name}", math.prod(shape)).view(shape)
+            return reader.whole(f"{'frozen' if entry.frozen else 'master'}/{name}", entry.shape)
 
         for name in entries:
             if is_adapter(name):
                 continue
             tensor, (a, b) = read(name), adapters_of(name)
             if a in entries:
-                lora = meta["run"]["config"]["model"]["lora"]
+                lora = meta.run["config"]["model"]["lora"]
                 tensor = tensor.float() + update(read(a), read(b), lora["rank"], lora["alpha"])
             yield name, tensor
 
@@ -251,17 +233,16 @@ def read_adapters(target: Path) -> dict[str, torch.Tensor]:
     meta = read_meta(target)
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
-        shapes = {n: entry["shape"] for n, entry in meta["parameters"].items() if is_adapter(n)}
-        return {n: reader.whole(f"master/{n}", math.prod(s)).view(s) for n, s in shapes.items()}
+        shapes = {name: entry.shape for name, entry in meta.parameters.items() if is_adapter(name)}
+        return {name: reader.whole(f"master/{name}", shape) for name, shape in shapes.items()}
 
 
 def _first_difference(theirs: dict[str, int], ours: dict[str, int]) -> str | None:
     return next((name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)), None)
 
 
-def _check_model(engine: Any, target: Path, meta: dict[str, Any]) -> None:
-    ours = {n: (tuple(p.ds_shape), not p.requires_grad) for n, p in named_parameters(engine)}
-    theirs = {n: (tuple(entry["shape"]), entry["frozen"]) for n, entry in meta["parameters"].items()}
+def _check_model(engine: Any, target: Path, meta: CheckpointMeta) -> None:
+    ours, theirs = stored_parameters(engine), meta.parameters
     if ours == theirs:
         return
     different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
@@ -272,88 +253,96 @@ def _check_model(engine: Any, target: Path, meta: dict[str, Any]) -> None:
     )
 
 
-def _described(entry: tuple[tuple[int, ...], bool] | None) -> str:
+def _described(entry: StoredParameter | None) -> str:
     if entry is None:
         return "absent"
-    return f"{'x'.join(map(str, entry[0]))}{', frozen' if entry[1] else ''}"
+    return f"{'x'.join(map(str, entry.shape))}{', frozen' if entry.frozen else ''}"
+
+
+def _check_optimizer(reader: _Slices, optimizer: OptimizerState, engine: Any) -> None:
+    """Raises BadInputError if the checkpoint lacks state that the engine's optimizer keeps."""
+    stored = reader.names()
+    for trained in trained_slices(engine):
+        for kind in optimizer.tensors:
+            if (key := state_key(trained, kind)) not in stored:
+                raise BadInputError(
+                    f"{reader.target}: holds no {key}; it was written with another optimizer, use that one"
+                )
 
 
 class _Slices:
-    """The rank files of a checkpoint as if every tensor lay in one piece, flattened."""
+    """The rank files of a checkpoint, read as if every tensor were flattened in one piece."""
 
-    def __init__(self, target: Path, meta: dict[str, Any], stack: ExitStack) -> None:
-        self._target = target
+    def __init__(self, target: Path, meta: CheckpointMeta, stack: ExitStack) -> None:
+        self.target = target
         try:
             self._files = [
                 stack.enter_context(safe_open(target / f"rank-{rank:05d}.safetensors", "pt"))
-                for rank in range(meta["world_size"])
+                for rank in range(meta.world_size)
             ]
         except (SafetensorError, OSError) as error:
             raise BadInputError(
                 f"{target}: damaged ({error}); delete it to fall back to the one before"
             ) from error
 
-    def fill(self, key: str, part: torch.Tensor, rank: int) -> None:
-        """Fills `part`, which is piece number `rank` of the flattened tensor, each as long as `part`.
+    def names(self) -> set[str]:
+        """The tensors that the files hold; every rank has a slice of each."""
+        return set(self._files[0].keys())
 
-        Elements after the tensor's end are padding and become zero.
+    def fill(self, key: str, part: torch.Tensor, rank: int) -> None:
+        """Fills `part`, the slice number `rank` of a flattened tensor that is cut into slices of this length.
+
+        Elements after the end of the tensor are padding and become zero.
         """
         width = self._files[0].get_slice(key).get_shape()[0]
+        wanted = Partition(numel=width * len(self._files), rank=rank, width=part.numel())
         part.zero_()
-        here, stop = rank * part.numel(), min((rank + 1) * part.numel(), width * len(self._files))
-        while here < stop:
+        here = wanted.start
+        while here < wanted.stop:
             file, offset = divmod(here, width)
-            count = min(stop - here, width - offset)
+            count = min(wanted.stop - here, width - offset)
             piece = self._files[file].get_slice(key)[offset : offset + count]
-            part.narrow(0, here - rank * part.numel(), count).copy_(piece)
+            part.narrow(0, here - wanted.start, count).copy_(piece)
             here += count
 
-    def whole(self, key: str, numel: int) -> torch.Tensor:
-        return torch.cat([file.get_tensor(key) for file in self._files])[:numel]
+    def whole(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The whole tensor, [*shape]."""
+        slices = torch.stack([file.get_tensor(key) for file in self._files])
+        return join(slices, math.prod(shape)).view(shape)
 
 
 class _Base:
     """The frozen weights that a checkpoint does not hold itself, from the model directory they came from."""
 
-    def __init__(self, target: Path, meta: dict[str, Any], stack: ExitStack) -> None:
+    def __init__(self, target: Path, meta: CheckpointMeta, stack: ExitStack) -> None:
         self._target, self._meta = target, meta
         self._where: dict[str, Any] = {}
         try:
-            for file in checkpoint_files(Path(meta["model_dir"])):
+            for file in checkpoint_files(Path(meta.model_dir)):
                 opened = stack.enter_context(safe_open(file, "pt"))
                 self._where.update(dict.fromkeys(opened.keys(), opened))
         except (BadInputError, SafetensorError, OSError) as error:
             raise BadInputError(
                 f"{target}: holds only what was trained; its frozen weights are those of "
-                f"{meta['model_dir']}, which cannot be read ({error})"
+                f"{meta.model_dir}, which cannot be read ({error})"
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter in the dtype it was trained with."""
         if name not in self._where:
-            raise BadInputError(f"{self._target}: {self._meta['model_dir']} has no tensor {name}")
-        dtype = getattr(torch, self._meta["frozen_dtype"])
+            raise BadInputError(f"{self._target}: {self._meta.model_dir} has no tensor {name}")
+        dtype = getattr(torch, self._meta.frozen_dtype)
         found: torch.Tensor = self._where[name].get_tensor(name).to(dtype)
-        if int(bit_sum(found.view(-1))) != self._meta["frozen_sums"][name]:
+        if int(bit_sum(found.view(-1))) != (self._meta.frozen_sums or {}).get(name):
             raise BadInputError(
-                f"{self._target}: {name} in {self._meta['model_dir']} is not what the run was "
+                f"{self._target}: {name} in {self._meta.model_dir} is not what the run was "
                 "trained on; restore that model directory"
             )
         return found
 
 
-def _format(target: Path) -> Any:
-    """The format number in meta.json; FORMAT where it cannot be read, so that the manifest says what is
-    wrong.
-    """
-    try:
-        return json.loads((target / META).read_text())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return FORMAT
-
-
 def _set_aside(damaged: list[Path]) -> None:
-    """Renames checkpoints that are not used, so that they do not count as the newest ones any more."""
+    """Renames unused checkpoints, so that they no longer count as the newest ones."""
     for path in damaged:
         try:
             os.replace(path, path.with_name(f"{_DAMAGED}{path.name}"))

@@ -1,19 +1,22 @@
-"""A trained model from whatever names one: a run, a checkpoint, or a directory in the published layout.
+"""A trained model from a run, a checkpoint, or a directory in the published layout.
 
-A run may be followed by which of its checkpoints is meant: `runs/x:best`, `runs/x:latest`, `runs/x:1500`.
+The name of a run may be followed by one of its checkpoints: `runs/x:best`, `runs/x:latest`, `runs/x:1500`.
 Out: a model on this rank's device, whole or partitioned over the ranks by ZeRO-3, its tokenizer and
-processor. Called by evaluation, export, `phi3v ask` and `phi3v debug row`.
+processor.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from phi3v_dist.checkpoint import read as checkpoint
+from phi3v_dist.checkpoint.meta import META
+from phi3v_dist.engine.partition import Partition, fill_slice, is_partitioned
+from phi3v_dist.engine.zero import answering_config, answering_model, partitioned_parameters
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model, load_config, load_weights
 from phi3v_dist.model.modeling import Phi3VForCausalLM
@@ -37,8 +40,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Restored:
-    """A model in eval mode and what it needs to answer. partitioned: ZeRO-3 holds a part of every weight on
-    each rank, so that all ranks must call it together.
+    """A model in eval mode and what it needs to answer. partitioned: each rank holds a slice of every weight
+    (ZeRO-3), so that all ranks must call it together.
     """
 
     model: Phi3VForCausalLM
@@ -52,19 +55,20 @@ class Restored:
 def find_source(named: str | Path) -> Source:
     """A run directory stands for its newest complete checkpoint; RUN:best, RUN:latest and RUN:STEP name one.
 
-    Raises BadInputError if `named` is none of the three, or the run has no such checkpoint.
+    Raises BadInputError if `named` is neither a run, a checkpoint nor a model directory, or if the run has no
+    such checkpoint.
     """
     path, which = _split(named)
     if (path / CHECKPOINTS).is_dir():
         path = _checkpoint(path, which)
     elif which is not None:
-        raise BadInputError(f"{named}: {path} is no run, so it has no checkpoint {which!r}")
-    if (path / checkpoint.META).exists():
-        return Source(path, int(checkpoint.read_meta(path)["progress"]["step"]))
+        raise BadInputError(f"{named}: {path} is not a run, so it has no checkpoint {which!r}")
+    if (path / META).exists():
+        return Source(path, checkpoint.read_meta(path).progress.step)
     if (path / "config.json").exists():
         return Source(path, None)
     raise BadInputError(
-        f"{path}: neither a run, nor a checkpoint ({checkpoint.META}), nor a model directory (config.json)"
+        f"{path}: neither a run, nor a checkpoint ({META}), nor a model directory (config.json)"
     )
 
 
@@ -110,19 +114,15 @@ def restore(source: Source, device: torch.device | str, dtype: torch.dtype) -> R
 
 
 def restore_partitioned(source: Source, device: torch.device, dtype: torch.dtype) -> Restored:
-    """Builds the model of `source` with its weights spread over all ranks by ZeRO-3; each keeps its part."""
-    import deepspeed
-
+    """Builds the model of `source` with its weights partitioned over all ranks by ZeRO-3. All ranks call it,
+    after `engine.zero.prepare_deepspeed`.
+    """
     config = model_config(source)
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    model = build_model(config, dtype, settings)
+    with partitioned_parameters(answering_config(dtype), dtype):
+        model = build_model(config, dtype)
     _fill(model, source)
-    engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
-    return Restored(engine.module.eval(), config, processor(source), device, dtype, partitioned=True)
+    model = answering_model(model, dtype).eval()
+    return Restored(model, config, processor(source), device, dtype, partitioned=True)
 
 
 def _fill(model: Phi3VForCausalLM, source: Source) -> None:
@@ -133,15 +133,16 @@ def _fill(model: Phi3VForCausalLM, source: Source) -> None:
     with torch.no_grad():
         for name, tensor in checkpoint.read_tensors(source.directory):
             parameter = parameters.pop(name)
-            if not hasattr(parameter, "ds_tensor"):
+            if is_partitioned(parameter):
+                fill_slice(parameter, partial(_slice_of, tensor))
+            else:
                 parameter.copy_(tensor)
-                continue
-            own = parameter.ds_tensor.zero_()  # DeepSpeed 0.19.8: flat, padded at the end of the last rank's
-            start = parameter.ds_zero_partition_rank * own.numel()
-            part = tensor.reshape(-1)[start : start + own.numel()]
-            own.narrow(0, 0, part.numel()).copy_(part)
     if parameters:
-        raise BadInputError(f"{source.directory}: no tensor {next(iter(parameters))}; not of this model")
+        raise BadInputError(f"{source.directory}: no tensor {next(iter(parameters))}; it is of another model")
+
+
+def _slice_of(tensor: torch.Tensor, partition: Partition) -> torch.Tensor:
+    return tensor.reshape(-1)[partition.start : partition.stop]
 
 
 def answer_dtype(device: torch.device) -> torch.dtype:
@@ -150,15 +151,15 @@ def answer_dtype(device: torch.device) -> torch.dtype:
 
 
 def restore_for_answers(source: Source) -> Restored:
-    """Whole, on the GPU if there is one."""
+    """The whole model, on the GPU if there is one, in `answer_dtype`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return restore(source, device, answer_dtype(device))
 
 
 def model_config(source: Source) -> Phi3VConfig:
-    """What `source` says of its model."""
+    """The configuration of the model of `source`. Raises BadInputError."""
     if source.is_checkpoint:
-        return Phi3VConfig(**checkpoint.read_meta(source.directory)["model_config"])
+        return Phi3VConfig(**checkpoint.read_meta(source.directory).model_config)
     return load_config(source.directory)
 
 
@@ -166,6 +167,6 @@ def processor(source: Source) -> Phi3VProcessor:
     """The tokenizer and image processor of `source`."""
     if not source.is_checkpoint:
         return Phi3VProcessor.from_pretrained(source.directory)
-    meta: dict[str, Any] = checkpoint.read_meta(source.directory)
+    meta = checkpoint.read_meta(source.directory)
     tokenizer = load_tokenizer(source.directory)
-    return Phi3VProcessor(tokenizer=tokenizer, num_crops=meta["num_crops"], tile=model_config(source).tile)
+    return Phi3VProcessor(tokenizer=tokenizer, num_crops=meta.num_crops, tile=model_config(source).tile)

@@ -1,14 +1,14 @@
-"""Writes checkpoints, all ranks together, while the run goes on or waits.
+"""Writes checkpoints, all ranks together, while training continues or waits.
 
-`Saver.save` is called by every rank at a step boundary. A thread of each rank writes its file; the ranks tell
-the main rank through the process group's key-value store, whose thread seals and renames the directory, moves
-the pointers and removes what is no longer kept. With checkpoint.async the slices are first copied to host
-memory and the run goes on at once; otherwise it waits. One code path: nothing but the copy and the wait
-differs.
+Every rank calls `Saver.save` between two steps. A thread of each rank writes its file and reports to the main
+rank through the process group's key-value store. The main rank's thread then seals and renames the directory,
+moves the pointers and removes old checkpoints. With checkpoint.async the slices are first copied to host
+memory and training continues at once; otherwise it waits. Nothing but the copy and the wait differs.
 
-A save that fails (no room, no permission, slower than checkpoint.timeout_s) costs nothing but itself: earlier
-checkpoints stay, the run goes on and says so, and the next save tries again. The main rank's count of
-failures in a row travels with the sums of the next step to `agree`, which stops all ranks together.
+A save that fails (no room, no permission, slower than checkpoint.timeout_s) leaves earlier checkpoints as
+they are; training continues, an error is logged, and the next save tries again. The main rank's count of
+consecutive failures is summed with the values of the next step and given to `agree`, which stops all ranks
+together.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ from typing import Any
 import torch
 
 from phi3v_dist.checkpoint.manifest import Written, seal, sum_file, write_tensors
+from phi3v_dist.checkpoint.meta import META, CheckpointMeta, Progress
 from phi3v_dist.checkpoint.read import (
     BEST,
-    FORMAT,
     LATEST,
-    META,
-    Progress,
     checkpoint_name,
     checkpoints,
     point,
@@ -47,6 +45,7 @@ from phi3v_dist.config import CheckpointConfig
 from phi3v_dist.parallel.mesh import Mesh
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
+from shards.common.text import error_text
 
 _POLL_S = 0.02
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a checkpoint must know of its model. config: fields of Phi3VConfig. model_dir: where its first
+    """What a checkpoint records of its model. config: fields of Phi3VConfig. model_dir: where its first
     weights came from. tokenizer_dir: its files are copied.
     """
 
@@ -66,8 +65,8 @@ class ModelCard:
 
 @dataclass
 class _Save:
-    """One save under way. outcome: None while it runs, "" when it is done, else what went wrong. is_clear:
-    all ranks have written their part, well or not.
+    """One save under way. outcome: None while it runs, "" when it is done, else what went wrong.
+    publishing: the main rank renames it. is_clear: all ranks have ended their part, successfully or not.
     """
 
     number: int
@@ -85,18 +84,20 @@ class _Save:
 class Saver:
     """Saves the state of `engine` into folder/step-N; `save`, `agree`, `save_surely`.
 
-    run: what else to keep (the resolved configuration, versions). wandb_id: file with the id of the W&B run.
-    saved_step: of the checkpoint that the run goes on from, 0 without one.
+    run: what else to record (the resolved configuration, versions). wandb_id: file with the id of the W&B
+    run. saved_step: step of the checkpoint that the run resumed from, 0 without one. On errors while writing
+    see `failures` and `agree`.
     """
 
     def __init__(
         self,
         engine: Any,
         folder: Path,
+        mesh: Mesh,
+        *,
         card: ModelCard,
         run: dict[str, Any],
         wandb_id: Path,
-        mesh: Mesh,
         config: CheckpointConfig,
         saved_step: int,
     ) -> None:
@@ -109,11 +110,13 @@ class Saver:
         self._in_a_row = 0
         self._last = ""
         self._lock = threading.Lock()
-        self._state = KeptState(engine, mesh, config.async_)
+        self._state = KeptState(engine, mesh, buffered=config.async_)
 
-    def save(self, progress: Progress, as_best: Callable[[], None] | None = None, wait: bool = False) -> None:
-        """Saves, all ranks together. as_best: if given, `best` names it from then on, and the main rank calls
-        this when it does. wait: until it is on the disk.
+    def save(
+        self, progress: Progress, as_best: Callable[[], None] | None = None, *, wait: bool = False
+    ) -> None:
+        """Saves, all ranks together. as_best: if given, the pointer `best` then names this checkpoint, and
+        the main rank calls `as_best` after that. wait: return when it is on the disk.
 
         Returns when the state of the engine may change again. Failures are only counted; ask `agree`.
         """
@@ -137,7 +140,7 @@ class Saver:
             chunks = iter(handed.get, None)
         else:
             chunks = self._state.stream()
-        meta = self._meta(progress) if self._mesh.is_main else {}
+        meta = self._meta(progress) if self._mesh.is_main else None
         thread = save.thread = threading.Thread(
             target=self._write, args=(save, chunks, meta), name="save", daemon=True
         )
@@ -153,7 +156,9 @@ class Saver:
 
     @property
     def failures(self) -> int:
-        """On the main rank: failures in a row by now; their sum over the ranks is for `agree`."""
+        """On the main rank the number of consecutive failures, else 0; give the sum over the ranks to
+        `agree`.
+        """
         if self._save is not None:
             self._has_ended(self._save)
         return self._in_a_row if self._mesh.is_main else 0
@@ -165,17 +170,17 @@ class Saver:
         reason = self._mesh.on_main(lambda: self._last)
         raise BadInputError(
             f"{failures} checkpoints in a row could not be written ({reason}); the last good one is "
-            f"{pointed(self._folder, LATEST) or 'none'}; mend the storage, then the same command goes on "
+            f"{pointed(self._folder, LATEST) or 'none'}; fix the storage, then the same command resumes "
             "from it"
         )
 
     def save_surely(self, progress: Progress, as_best: Callable[[], None] | None = None) -> str | None:
-        """The last save of a process: waits for it and tries twice. None, or why there is no checkpoint of
-        `progress`; every rank gets the same answer.
+        """The last save of a process: waits for it and tries again if it fails. Returns None, or why there is
+        no checkpoint of `progress`; the same on every rank.
         """
         if progress.step == self._saved_step:
             return None
-        fault: str | None = "nothing was tried"
+        fault: str | None = "no save was tried"
         for attempt in range(3):
             save = self._save
             if attempt or save is None or save.progress.step != progress.step:  # else one is under way
@@ -191,7 +196,7 @@ class Saver:
         return fault
 
     def _free(self) -> bool:
-        """Whether nothing is under way any more; waits for it as long as checkpoint.timeout_s allows."""
+        """Whether no save is under way; waits for one that is, as long as checkpoint.timeout_s allows."""
         save = self._save
         if save is None:
             return True
@@ -206,7 +211,7 @@ class Saver:
         return self._mesh.on_main(verdict)
 
     def _wait(self, save: _Save) -> None:
-        """Until the main rank knows how `save` ended, which is decided within checkpoint.timeout_s."""
+        """Waits until the main rank knows how `save` ended, which is decided within checkpoint.timeout_s."""
 
         def ended() -> bool:
             limit = time.monotonic() + self._mesh.timeout_s / 4  # below the collective's own
@@ -218,8 +223,8 @@ class Saver:
             pass
 
     def _has_ended(self, save: _Save) -> bool:
-        """On the main rank: whether `save` is over; one that takes too long is given up, and a fault
-        counted.
+        """On the main rank: whether `save` is over; one that takes too long is given up, and
+        failures are counted.
         """
         if not self._mesh.is_main:
             return False
@@ -237,56 +242,56 @@ class Saver:
         return save.outcome is not None
 
     def _late(self, save: _Save) -> list[int]:
-        """The ranks that still write, on the main rank, whose own thread has the most to do."""
+        """On the main rank: the ranks that still write."""
         late = [] if save.thread is None or not save.thread.is_alive() else [0]
         others = range(1, self._mesh.size) if save.thread is not None and not save.is_clear else ()
         return late + [rank for rank in others if not self._mesh.store.check([self._key(save, rank)])]
 
-    def _write(self, save: _Save, chunks: Iterator[torch.Tensor], meta: dict[str, Any]) -> None:
-        """The thread: this rank's file, then on the main rank the rest."""
+    def _write(self, save: _Save, chunks: Iterator[torch.Tensor], meta: CheckpointMeta | None) -> None:
+        """Runs in the thread: writes this rank's file; on the main rank completes the checkpoint."""
         rank = self._mesh.rank
         try:
             if self._mesh.device.type == "cuda":
                 torch.cuda.set_device(self._mesh.device)
             written = write_tensors(save.partial / f"rank-{rank:05d}.safetensors", self._state.slots, chunks)
-            word: dict[str, Any] = asdict(written)
-        except Exception as error:  # must reach the main rank, whatever it is
-            word = {"fault": f"rank {rank}: {_said(error)}"}
+            report: dict[str, Any] = asdict(written)
+        except Exception as error:  # whatever it is, it must reach the main rank
+            report = {"fault": f"rank {rank}: {error_text(error)}"}
         try:
-            self._mesh.store.set(self._key(save, rank), json.dumps(word))
-            if self._mesh.is_main:
+            self._mesh.store.set(self._key(save, rank), json.dumps(report))
+            if meta is not None:
                 self._complete(save, meta)
         except Exception as error:
-            self._end(save, _said(error))
+            self._end(save, error_text(error))
 
-    def _complete(self, save: _Save, meta: dict[str, Any]) -> None:
-        """The main rank's part: waits for the others, publishes, tidies up."""
+    def _complete(self, save: _Save, meta: CheckpointMeta) -> None:
+        """The main rank's part: waits for the other ranks, then publishes the checkpoint."""
         store, keys = self._mesh.store, [self._key(save, rank) for rank in range(self._mesh.size)]
         while not store.check(keys):
             if save.outcome is not None:
                 return
             time.sleep(_POLL_S)
-        words = [json.loads(store.get(key)) for key in keys]
+        reports = [json.loads(store.get(key)) for key in keys]
         save.is_clear = True
         for key in keys:
             store.delete_key(key)
-        fault = next((word["fault"] for word in words if "fault" in word), None)
+        fault = next((each["fault"] for each in reports if "fault" in each), None)
         if fault is None:
             with self._lock:
                 save.publishing = save.outcome is None
             if not save.publishing:  # given up meanwhile
                 return
-            fault = _fault(lambda: self._publish(save, [Written(**word) for word in words], meta))
+            fault = _fault(lambda: self._publish(save, [Written(**each) for each in reports], meta))
         if fault is not None:
-            shutil.rmtree(save.partial, ignore_errors=True)  # room for whatever else must be written
+            shutil.rmtree(save.partial, ignore_errors=True)  # makes room for what else must be written
         self._end(save, fault or "")
 
-    def _publish(self, save: _Save, files: list[Written], meta: dict[str, Any]) -> None:
+    def _publish(self, save: _Save, files: list[Written], meta: CheckpointMeta) -> None:
         target = self._folder / checkpoint_name(save.progress.step)
         for file in sorted(self._card.tokenizer_dir.glob("*token*.json")):
             shutil.copyfile(file, save.partial / file.name)
             files.append(sum_file(save.partial / file.name))
-        write_atomically(save.partial / META, (json.dumps(meta, indent=1) + "\n").encode())
+        write_atomically(save.partial / META, meta.to_json().encode())
         files.append(sum_file(save.partial / META))
         seal(save.partial, files)
         if target.exists():  # of an earlier attempt at this step
@@ -316,31 +321,33 @@ class Saver:
         self._in_a_row, self._last = self._in_a_row + 1, reason
         _log.error(
             "CHECKPOINT NOT WRITTEN (%d in a row, the run ends at %d): %s; earlier ones are intact, training "
-            "goes on", self._in_a_row, self._config.max_failures, reason,
+            "continues", self._in_a_row, self._config.max_failures, reason,
         )  # fmt: skip
 
     def _key(self, save: _Save, rank: int) -> str:
         return f"save/{self._life}/{save.number}/{rank}"
 
-    def _meta(self, progress: Progress) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "progress": asdict(progress),
-            "world_size": self._mesh.size,
-            **self._state.about(),
-            "frozen_dtype": self._run["config"]["model"]["dtype"],
-            "model_dir": str(self._card.model_dir),
-            "model_config": self._card.config,
-            "num_crops": self._card.num_crops,
-            "random": "drawn anew for every step from config.seed, the step and the rank",
-            "wandb_id": self._wandb_id.read_text().strip() if self._wandb_id.exists() else None,
-            "run": self._run,
-        }
+    def _meta(self, progress: Progress) -> CheckpointMeta:
+        wandb_id = self._wandb_id.read_text().strip() if self._wandb_id.exists() else None
+        return CheckpointMeta(
+            progress=progress,
+            world_size=self._mesh.size,
+            adam_steps=self._state.steps(),
+            groups=self._state.hyper_parameters(),
+            parameters=self._state.parameters(),
+            frozen_sums=self._state.frozen_sums,
+            frozen_dtype=self._run["config"]["model"]["dtype"],
+            model_dir=str(self._card.model_dir),
+            model_config=self._card.config,
+            num_crops=self._card.num_crops,
+            wandb_id=wandb_id,
+            run=self._run,
+        )
 
 
 def remove_old(folder: Path, config: CheckpointConfig) -> None:
-    """Keeps the newest keep_last, every keep_every steps one, and what `latest` and `best` name; sweeps what
-    a killed save left. Raises OSError.
+    """Removes all checkpoints but the newest keep_last, those at multiples of keep_every, and those that
+    `latest` and `best` name; also what a killed save left. Raises OSError.
     """
     kept = {path for pointer in (LATEST, BEST) if (path := pointed(folder, pointer)) is not None}
     for old in checkpoints(folder)[config.keep_last :]:
@@ -370,11 +377,5 @@ def _fault(work: Callable[[], None]) -> str | None:
     try:
         work()
     except OSError as error:
-        return _said(error)
+        return error_text(error)
     return None
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

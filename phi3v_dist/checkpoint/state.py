@@ -1,9 +1,11 @@
-"""What checkpoints are made of: the slices of weights and optimizer that a rank of a ZeRO-3 engine keeps, by
-name.
+"""What checkpoints are made of: the slices of weights and optimizer state that a rank of a ZeRO-3 engine
+keeps, under the names of the checkpoint.
 
-In: an engine. Out: the places of its slices to be filled, or their data to be written, in one order: all at
-once as a copy, or one after the other, also where the optimizer swaps them to files. Called by `checkpoint`
-and `saving`. It uses DeepSpeed's internals, so DeepSpeed is pinned exactly (0.19.8).
+In: an engine. Out: the slots of its slices in the rank's file, and their data in that order: all at once as a
+copy, or one after another, also where the optimizer swaps its state to files.
+
+Names: master/NAME for float32 master weights, STATE/NAME for what the optimizer keeps per element (AdamW:
+exp_avg, exp_avg_sq), frozen/NAME; NAME is `lora.plain_name` of the parameter.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import logging
 import queue
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,60 +24,55 @@ import torch
 import torch.distributed as dist
 
 from phi3v_dist.checkpoint.manifest import Slot, lay_out
-from phi3v_dist.engine.nvme import SwappedState
+from phi3v_dist.checkpoint.meta import StoredParameter
+from phi3v_dist.engine.partition import Partition, full_numel, local_slice
+from phi3v_dist.engine.state import (
+    OptimizerState,
+    StateTensor,
+    TrainedSlice,
+    frozen_parameters,
+    parameter_shapes,
+    trained_slices,
+)
 from phi3v_dist.model.lora import plain_name
 from phi3v_dist.parallel.mesh import Mesh
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _POLL_S = 0.02
 _log = logging.getLogger(__name__)
 
 
-def named_parameters(engine: Any) -> Iterator[tuple[str, Any]]:
-    """(name, parameter) of all: the published names, and those of adapters as `lora.plain_name` has them."""
-    for name, parameter in engine.module.named_parameters():
-        yield plain_name(name), parameter
+def master_key(trained: TrainedSlice) -> str:
+    """Where the file has the master weights of a slice."""
+    return f"master/{plain_name(trained.name)}"
 
 
-def trainable(engine: Any) -> Iterator[tuple[str, Any, torch.Tensor, int, int, int]]:
-    """(name, parameter, flat float32 partition, offset of its slice in it, elements of the slice, sub-group)
-    of each parameter that learns.
-    """
-    zero = engine.optimizer
-    names = {parameter: name for name, parameter in named_parameters(engine)}
-    for number, group in enumerate(zero.fp16_groups):
-        offset = 0
-        for parameter in group:
-            count = parameter.partition_numel()
-            yield (
-                names[parameter],
-                parameter,
-                zero.fp32_partitioned_groups_flat[number],
-                offset,
-                count,
-                number,
-            )
-            offset += count
+def state_key(trained: TrainedSlice, kind: StateTensor) -> str:
+    """Where the file has a tensor of the optimizer's state."""
+    return f"{kind.name}/{plain_name(trained.name)}"
 
 
-def frozen(engine: Any) -> Iterator[tuple[str, Any]]:
-    """(name, parameter) of each that does not learn."""
-    for name, parameter in named_parameters(engine):
-        if not parameter.requires_grad:
-            yield name, parameter
+def frozen_key(name: str) -> str:
+    """Where the file has a frozen weight. name: of the module."""
+    return f"frozen/{plain_name(name)}"
+
+
+def stored_parameters(engine: Any) -> dict[str, StoredParameter]:
+    """What a checkpoint says of each parameter of `engine`, by plain name."""
+    return {
+        plain_name(name): StoredParameter(shape, frozen)
+        for name, (shape, frozen) in parameter_shapes(engine).items()
+    }
 
 
 def frozen_sums(engine: Any, mesh: Mesh) -> dict[str, int]:
-    """Of each frozen parameter, the sum of its elements read as integers, modulo 2^64: the same at any number
-    of ranks, and of any weights but the same ones most unlikely to be.
+    """Of each frozen parameter the sum of its elements read as integers, modulo 2^64. The sums are the same
+    at any number of ranks; other weights are very unlikely to have the same sums.
     """
     names, sums = [], []
-    for name, parameter in frozen(engine):
-        part = parameter.ds_tensor.data.view(-1)
-        # behind these comes padding
-        count = min(max(0, parameter.ds_numel - mesh.rank * part.numel()), part.numel())
-        names.append(name)
-        sums.append(bit_sum(part[:count]).to(mesh.device))  # from host memory: parallel.offload_params
+    for name, parameter in frozen_parameters(engine):
+        own = local_slice(parameter)[: Partition.of(parameter).count]
+        names.append(plain_name(name))
+        sums.append(bit_sum(own).to(mesh.device))  # it may be in host memory: parallel.offload_params
     if not names:
         return {}
     total = torch.stack(sums)
@@ -88,19 +86,30 @@ def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(kind).sum(dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A slice for the rank's file. get: its data now, [numel]."""
+
+    name: str
+    dtype: torch.dtype
+    numel: int
+    get: Callable[[], torch.Tensor]
+
+
 class KeptState:
     """The slices that this rank keeps of `engine`. buffered: with room in host memory for a copy of them.
 
-    slots: their places in the rank's file. frozen_sums: of the frozen weights, where these are so many that
-    a checkpoint leaves them in the model directory; else None.
+    slots: their places in the rank's file. frozen_sums: of the frozen weights, where these outweigh the
+    trained ones and a checkpoint leaves them in the model directory; else None.
     """
 
-    def __init__(self, engine: Any, mesh: Mesh, buffered: bool) -> None:
+    def __init__(self, engine: Any, mesh: Mesh, *, buffered: bool) -> None:
         self._engine, self._mesh = engine, mesh
-        self._swapped = SwappedState(engine.optimizer)
-        few = sum(p.ds_numel for _, p in frozen(engine)) <= sum(p.ds_numel for _, p, *_ in trainable(engine))
-        self.frozen_sums = None if few else frozen_sums(engine, mesh)
-        self.slots = lay_out([(name, dtype, numel) for name, dtype, numel, _ in self._sources()])
+        self._optimizer = OptimizerState(engine)
+        frozen = sum(full_numel(parameter) for _, parameter in frozen_parameters(engine))
+        trained = sum(full_numel(each.parameter) for each in trained_slices(engine))
+        self.frozen_sums = None if frozen <= trained else frozen_sums(engine, mesh)
+        self.slots = lay_out([(each.name, each.dtype, each.numel) for each in self._pieces()])
         self._buffer: torch.Tensor | None = None
         if buffered:
             self._buffer = _host_buffer(sum(slot.size for slot in self.slots), mesh)
@@ -108,16 +117,16 @@ class KeptState:
     @property
     def is_swapped(self) -> bool:
         """Whether some of it is in files; then the thread that trains must read it: `hand`, not `stream`."""
-        return self._swapped.is_used
+        return self._optimizer.is_swapped
 
     def copy(self) -> torch.Tensor | None:
-        """A copy of all slices in host memory as one block of bytes; None if it has no room for one."""
+        """A copy of all slices in host memory as one block, uint8 [bytes]; None without room."""
         if self._buffer is None:
             return None
         for slot, get in self._in_order():
             place = self._buffer[slot.offset : slot.offset + slot.size].view(slot.dtype)
             place.copy_(get(), non_blocking=True)
-        self._swapped.release()
+        self._optimizer.release()
         if self._mesh.device.type == "cuda":
             torch.cuda.synchronize(self._mesh.device)
         return self._buffer
@@ -126,11 +135,11 @@ class KeptState:
         """The data of all slots in order, one slice at a time."""
         for _, get in self._in_order():
             yield get().cpu().contiguous()
-        self._swapped.release()
+        self._optimizer.release()
 
     def hand(self, handed: queue.Queue[torch.Tensor | None], is_over: Callable[[], bool]) -> None:
-        """Puts copies of what `stream` yields, then None, into a queue for the thread that writes: only this
-        thread may swap. is_over: whether nobody takes them any more; then they end early.
+        """Puts copies of what `stream` yields, then None, into a queue for the thread that writes: only the
+        thread that trains may swap. is_over: whether the writer has ended; then this ends early.
         """
         stream: Iterator[torch.Tensor | None] = itertools.chain(map(torch.clone, self.stream()), [None])
         for tensor in stream:
@@ -140,79 +149,59 @@ class KeptState:
                     break
                 except queue.Full:
                     continue
-            else:  # it has failed, or took too long: the thread shall end
+            else:  # it failed or took too long: the None lets its thread end
                 while not handed.empty():
                     handed.get_nowait()
                 handed.put(None)
                 break
-        self._swapped.release()
+        self._optimizer.release()
 
-    def about(self) -> dict[str, Any]:
-        """What a checkpoint says of it: parameters, AdamW's groups and steps, sums of the frozen weights."""
-        groups = [
-            {
-                k: v
-                for k, v in group.items()
-                if k != "params" and isinstance(v, int | float | str | list | tuple | None)
-            }
-            for group in self._engine.optimizer.optimizer.param_groups
-        ]
-        return {
-            "adam_steps": self._adam_steps(),
-            "groups": groups,
-            "parameters": {
-                name: {"shape": list(p.ds_shape), "frozen": not p.requires_grad}
-                for name, p in named_parameters(self._engine)
-            },
-            "frozen_sums": self.frozen_sums,
-        }
+    def steps(self) -> list[float]:
+        """The optimizer's step count of each parameter group; 0 before its first step."""
+        return self._optimizer.steps(list(trained_slices(self._engine)))
 
-    def _adam_steps(self) -> list[float]:
-        """Adam's step of each parameter group; 0 for one that has not moved yet."""
-        zero = self._engine.optimizer
-        steps: list[set[float]] = [set() for _ in zero.optimizer.param_groups]
-        for _, _, flat, _, _, number in trainable(self._engine):
-            state = zero.optimizer.state.get(flat, {})
-            steps[zero.sub_group_to_group_id[number]].add(float(state.get("step", 0.0)))
-        for group, found in enumerate(steps):
-            if len(found) > 1:
-                raise RuntimeError(f"Adam's step differs within parameter group {group}: {sorted(found)}")
-        return [max(found, default=0.0) for found in steps]
+    def hyper_parameters(self) -> list[dict[str, Any]]:
+        """Of each parameter group: name, lr, weight_decay and the like."""
+        return self._optimizer.hyper_parameters()
+
+    def parameters(self) -> dict[str, StoredParameter]:
+        """Shape of each parameter, and whether it is frozen."""
+        return stored_parameters(self._engine)
 
     def _in_order(self) -> Iterator[tuple[Slot, Callable[[], torch.Tensor]]]:
-        """Every slot and what gets its data."""
-        data = {name: get for name, _, _, get in self._sources()}
+        """Every slot, and the function that returns its data."""
+        data = {piece.name: piece.get for piece in self._pieces()}
         for slot in self.slots:
             yield slot, data[slot.name]
 
-    def _sources(self) -> Iterator[tuple[str, torch.dtype, int, Callable[[], torch.Tensor]]]:
-        """(name, dtype, elements, the data now) of every slice that this rank keeps."""
-        for name, _, flat, offset, count, group in trainable(self._engine):
-            place = (group, flat, offset, count)
-            yield f"master/{name}", flat.dtype, count, partial(self._master, *place)
-            for kind in MOMENTS:
-                yield f"{kind}/{name}", flat.dtype, count, partial(self._moment, kind, *place)
+    def _pieces(self) -> Iterator[_Piece]:
+        """Every slice that this rank keeps."""
+        for trained in trained_slices(self._engine):
+            dtype, count = trained.master.dtype, trained.count
+            yield _Piece(master_key(trained), dtype, count, partial(self._master, trained))
+            for kind in self._optimizer.tensors:
+                get = partial(self._state, trained, kind)
+                yield _Piece(state_key(trained, kind), kind.dtype, count, get)
         if self.frozen_sums is None:
-            for name, parameter in frozen(self._engine):
-                data = parameter.ds_tensor.data.view(-1)
-                yield f"frozen/{name}", data.dtype, data.numel(), partial(_part, data, 0, data.numel())
+            for name, parameter in frozen_parameters(self._engine):
+                data = local_slice(parameter)
+                yield _Piece(frozen_key(name), data.dtype, data.numel(), partial(_as_it_is, data))
 
-    def _master(self, group: int, flat: torch.Tensor, offset: int, count: int) -> torch.Tensor:
-        self._swapped.hold(group)
-        return _part(flat.data, offset, count)
+    def _master(self, trained: TrainedSlice) -> torch.Tensor:
+        self._optimizer.hold(trained)
+        return trained.of(trained.master.data)
 
-    def _moment(self, kind: str, group: int, flat: torch.Tensor, offset: int, count: int) -> torch.Tensor:
-        self._swapped.hold(group)
-        found = self._engine.optimizer.optimizer.state[flat].get(kind)
-        return torch.zeros(count, dtype=flat.dtype) if found is None else _part(found, offset, count)
+    def _state(self, trained: TrainedSlice, kind: StateTensor) -> torch.Tensor:
+        self._optimizer.hold(trained)
+        return self._optimizer.read(trained, kind)
 
 
-def _part(tensor: torch.Tensor, offset: int, count: int) -> torch.Tensor:
-    return tensor.narrow(0, offset, count)
+def _as_it_is(data: torch.Tensor) -> torch.Tensor:
+    return data
 
 
 def _host_buffer(size: int, mesh: Mesh) -> torch.Tensor | None:
-    """`size` bytes of host memory, all of it taken from the system at once; None, aloud, if there is no
+    """`size` bytes of host memory, all taken from the system at once; None, with a warning, if there is no
     room.
     """
     node = socket.gethostname()

@@ -1,13 +1,12 @@
-"""Optimizer state that DeepSpeed keeps in files (ZeRO-Infinity): their folder, what is needed to swap, and
-what was swapped brought to memory group by group, to be read or filled by checkpoints.
+"""Optimizer state that DeepSpeed keeps in files (ZeRO-Infinity): the folder of the files, what swapping
+needs, and access to the swapped state, one sub-group at a time.
 
-In: the run's configuration; a ZeRO-3 optimizer. Called by the train loop, `checkpoint` and `state`. It uses
-DeepSpeed's internals, as these two do, so DeepSpeed is pinned exactly (0.19.8).
+In: the run's configuration; a ZeRO-3 optimizer. It uses DeepSpeed's internals, so DeepSpeed is pinned exactly
+(0.19.8).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,13 +22,15 @@ import torch
 from phi3v_dist.config import RunConfig
 from phi3v_dist.parallel.mesh import Mesh
 from shards.common.errors import BadInputError
+from shards.common.locks import locked
+from shards.common.text import one_line
 
 _log = logging.getLogger(__name__)
 
 
 class SwappedState:
-    """Holds at most one sub-group of the optimizer in memory; the others are where they belong. Where nothing
-    is swapped all of it is in memory, and `hold` and `release` do nothing.
+    """Holds at most one swapped sub-group of the optimizer in memory. Where nothing is swapped, all state is
+    in memory, and `hold` and `release` do nothing.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -45,7 +46,7 @@ class SwappedState:
         return bool(self._optimizer._swappable_optimizer_subgroup(number))
 
     def hold(self, number: int) -> None:
-        """Brings sub-group `number` into memory; the one that was there goes, unchanged."""
+        """Brings sub-group `number` into memory; the one held before is released without being written."""
         if number == self._held:
             return
         self.release()
@@ -54,7 +55,7 @@ class SwappedState:
             self._held = number
 
     def release(self, changed: bool = False) -> None:
-        """Gives the memory back. changed: what is in it is written to the files first."""
+        """Releases the memory. changed: its content is written to the files first."""
         if self._held is None:
             return
         if changed:
@@ -65,16 +66,16 @@ class SwappedState:
 
 
 def swap_dir(config: RunConfig) -> Path:
-    """The run's own folder in parallel.offload_path. DeepSpeed names its files by rank and parameter alone,
-    so two runs on one node would write into each other's.
+    """The run's own folder in parallel.offload_path. DeepSpeed names its files by rank and parameter only, so
+    two runs on one node would overwrite each other's files.
     """
     digest = hashlib.sha256(os.fsencode(config.run_dir.resolve())).hexdigest()[:12]
     return Path(config.parallel.offload_path or "") / f"swap-{digest}"
 
 
 def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
-    """Removes what a killed start has left of the run's files, and compiles DeepSpeed's asynchronous I/O if
-    need be, once on each node. All ranks call it.
+    """Removes files that a killed start of this run left, and compiles DeepSpeed's asynchronous I/O if
+    needed, once on each node. All ranks call it.
 
     Raises BadInputError on every rank if it cannot be compiled as parallel.offload_optimizer=nvme needs it.
     """
@@ -96,9 +97,8 @@ def _compile(offload_path: Path) -> None:
     folder = offload_path / "extensions" / version
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    with (folder / "turn").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # unlike torch's own lock files this one goes with its process
-        # Torch's are left by a start that was killed; torch 2.13 would wait for them for ever.
+    with locked(folder / "turn"):  # released when its process ends, unlike torch's own lock files
+        # A killed start leaves torch's lock files behind; torch 2.13 would wait for them forever.
         for left in folder.glob("*/lock"):
             _log.warning("%s: left by a start that was killed; removed", left)
             left.unlink()
@@ -107,16 +107,18 @@ def _compile(offload_path: Path) -> None:
         except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
             raise BadInputError(
                 f"parallel.offload_optimizer=nvme: DeepSpeed's asynchronous I/O cannot be compiled in "
-                f"{folder} ({' '.join(str(error).split())[:300]}); mend that, or offload to cpu"
+                f"{folder} ({one_line(error)[:300]}); fix that, or offload to cpu"
             ) from error
 
 
 def remove_swapped(config: RunConfig, mesh: Mesh) -> None:
-    """Removes this rank's files, and the run's folder once it is empty. The engine must be gone."""
+    """Removes the files of this rank, and the run's folder once it is empty. Call it after the engine is
+    destroyed.
+    """
     folder = swap_dir(config)
     shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{mesh.rank}", ignore_errors=True)
     for empty in (folder / "zero_stage_3" / "optimizer", folder / "zero_stage_3", folder):
         try:
             empty.rmdir()
-        except OSError:  # another rank's are still there; it will do it
+        except OSError:  # files of another rank are still there; that rank removes the folder
             return

@@ -1,4 +1,4 @@
-"""One optimizer step of a DeepSpeed engine, by names of this project: the loop knows no attribute of DeepSpeed.
+"""One optimizer step of a DeepSpeed engine, by names of this project.
 
 In: the engine that `zero.make_engine` returns. Every rank calls these functions together and in the same
 order, for ZeRO-3 communicates in all of them but the last three.

@@ -1,31 +1,32 @@
-"""DeepSpeed as this project uses it: ZeRO stage 3, its own loop around it.
+"""DeepSpeed as this project uses it: ZeRO stage 3, with the project's own loop around it.
 
-In: the run's configuration and the mesh. Out: the configuration dict and the engine. Called by the train
-loop, and by evaluation with partitioned weights.
+In: the run's configuration and the mesh. Out: DeepSpeed's settings, models whose weights are partitioned when
+they are built, and the engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from phi3v_dist.budget.memory import MAX_LIVE, REDUCE_BUCKET
 from phi3v_dist.config import RunConfig
+from phi3v_dist.engine.buckets import MAX_LIVE, PREFETCH_BUCKET, REDUCE_BUCKET
 from phi3v_dist.engine.nvme import swap_dir
+from phi3v_dist.engine.partition import full_numel
 from phi3v_dist.parallel.mesh import Mesh
-
-# Elements fetched ahead, about a decoder layer of the published model (113 million).
-PREFETCH_BUCKET = 125_000_000
 
 
 def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. accumulation: micro-steps of an optimizer step.
+    """The DeepSpeed settings of a run. accumulation: micro-steps of an optimizer step.
 
-    DeepSpeed averages gradients over all ranks and micro-steps; the loop scales the loss accordingly. It is
-    not told of sequence parallelism: every rank's gradient is that of its own positions. Gradients are
+    DeepSpeed averages gradients over all ranks and micro-steps; the loop scales the loss accordingly. It does
+    not know of sequence parallelism: the gradient of every rank is that of its own positions. Gradients are
     reduced and accumulated in float32.
     """
     parallel = config.parallel
@@ -67,14 +68,14 @@ def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
 
 
 def prepare_deepspeed(mesh: Mesh) -> None:
-    """Imports DeepSpeed and hands it the process group that exists. On the CPU without its compiled
-    extension.
-
-    The shared-memory collectives of the CPU build need a compiler and 24 s at first use (DeepSpeed 0.19.8).
+    """Imports DeepSpeed and gives it the existing process group; all ranks call it before anything else of
+    this module. On the CPU its compiled extension is left out: the shared-memory collectives of the CPU build
+    need a compiler and 24 s at first use (DeepSpeed 0.19.8).
     """
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # torch 2.13 on DeepSpeed's collectives, each call
+    if mesh.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
+    # torch 2.13 warns at each call of DeepSpeed's collectives
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
@@ -83,13 +84,45 @@ def prepare_deepspeed(mesh: Mesh) -> None:
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
-def make_engine(
-    model: torch.nn.Module, groups: list[dict[str, Any]], config: RunConfig, accumulation: int
-) -> Any:
-    """The DeepSpeedEngine around `model`, with AdamW over the parameter `groups` (lr and weight_decay in
-    each).
+@contextlib.contextmanager
+def partitioned_parameters(settings: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
+    """Parameters that are made in this context are partitioned over the ranks at once, in `dtype`. settings:
+    of `zero_config` or `answering_config`.
     """
     import deepspeed
+
+    # zero.Init(dtype=...) of DeepSpeed 0.19.8 gives bfloat16 on a CPU whatever is asked; its settings work.
+    precision = {
+        name: {**settings.get(name, {}), "enabled": dtype == wanted}
+        for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    }
+    with deepspeed.zero.Init(config_dict_or_path={**settings, **precision}):
+        yield
+
+
+def answering_config(dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed settings of a model that only answers."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def answering_model(model: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """`model`, built in `partitioned_parameters`, with the hooks that gather its weights in forward."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=answering_config(dtype), dist_init_required=False)
+    return engine.module
+
+
+def make_engine(
+    model: torch.nn.Module, groups: list[dict[str, Any]], config: RunConfig, *, accumulation: int
+) -> Any:
+    """The DeepSpeedEngine around `model`, with AdamW over the parameter `groups` (lr and weight_decay in
+    each). accumulation: micro-steps of an optimizer step.
+    """
     from deepspeed.utils import set_z3_leaf_modules
     from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
@@ -104,17 +137,24 @@ def make_engine(
         eps=config.train.eps,
         fused=True,
     )
+    return initialize(model, optimizer, zero_config(config, accumulation))
+
+
+def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+    """The DeepSpeedEngine around `model` with any torch optimizer."""
+    import deepspeed
+
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=zero_config(config, accumulation), dist_init_required=False
+        model=model, optimizer=optimizer, config=settings, dist_init_required=False
     )
     _check_gradient_scale(engine)
     return engine
 
 
 def _check_gradient_scale(engine: Any) -> None:
-    """Raises RuntimeError unless gradients are averaged over all ranks, once, as the loop's scale assumes.
+    """Raises RuntimeError unless gradients are averaged once over all ranks, as the loop's scale assumes.
 
-    DeepSpeed 0.19.8 scales them otherwise below stage 3, without reduce_scatter, and where it is told of
+    DeepSpeed 0.19.8 scales them differently below stage 3, without reduce_scatter, and where it knows of
     sequence parallelism.
     """
     found = {
@@ -132,16 +172,16 @@ def _check_gradient_scale(engine: Any) -> None:
         "predivide": 1.0,
     }
     if found != wanted:
-        raise RuntimeError(f"DeepSpeed would scale gradients otherwise: {found}, expected {wanted}")
+        raise RuntimeError(f"DeepSpeed would scale gradients differently: {found}, expected {wanted}")
 
 
 def partitioned_fraction(engine: Any, mesh: Mesh) -> float:
     """Elements of the trainable weights that this rank keeps, as a part of all: 1 / ranks and some padding.
 
-    Raises RuntimeError if it is more, that is if ZeRO-3 has not partitioned them.
+    Raises RuntimeError if it is more, which means that ZeRO-3 has not partitioned them.
     """
     held = sum(engine.optimizer.fp16_partitioned_groups_flat_numel)
-    total = sum(p.ds_numel for group in engine.optimizer.fp16_groups for p in group)
+    total = sum(full_numel(p) for group in engine.optimizer.fp16_groups for p in group)
     if held > total / mesh.size * 1.05 + len(engine.optimizer.fp16_groups) * 4096:
         raise RuntimeError(
             f"ZeRO-3 keeps {held:,} of {total:,} weights on one of {mesh.size} ranks; not partitioned"

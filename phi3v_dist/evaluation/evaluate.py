@@ -33,13 +33,13 @@ from phi3v_dist.config import DataConfig, EvalConfig, RunConfig
 from phi3v_dist.data.loader import RowMaker
 from phi3v_dist.data.samples import Samples
 from phi3v_dist.data.tokens import Counter, sample_costs
-from phi3v_dist.engine.gather import keep_whole
 from phi3v_dist.engine.zero import prepare_deepspeed
 from phi3v_dist.evaluation.generate import generate_all
 from phi3v_dist.evaluation.loss import split_loss
 from phi3v_dist.evaluation.metrics import constant_answer, find_metrics
 from phi3v_dist.evaluation.prompts import Prompts, read_split
 from phi3v_dist.evaluation.scores import Scores, sample_values, slices, summarise
+from phi3v_dist.evaluation.whole import keep_whole
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.run.layout import PREDICTIONS, PREDICTIONS_TABLE, SCORES
 from shards.common.errors import BadInputError
@@ -136,7 +136,9 @@ def evaluate(source: Source, dataset: str, settings: EvalSettings, *, mesh: Mesh
     reader = processor(source)
     shapes = prompts.shapes(reader.tokenizer, reader.num_crops, reader.tile)
     positions = max(shape.tokens for shape in shapes) + settings.max_new_tokens
-    if keep_whole(settings.weights, config, dtype, settings.batch_size, positions, mesh):
+    if keep_whole(
+        settings.weights, config, dtype, batch_size=settings.batch_size, positions=positions, mesh=mesh
+    ):
         restored = restore(source, mesh.device, dtype)
     else:
         prepare_deepspeed(mesh)

@@ -22,11 +22,11 @@ from phi3v_dist.checkpoint.restore import Restored
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import RowMaker
 from phi3v_dist.data.tokens import Counter, sample_costs
-from phi3v_dist.engine.gather import gather_weights, keep_whole
 from phi3v_dist.evaluation.evaluate import EvalSettings, Evaluation, score_answers, write_evaluation
 from phi3v_dist.evaluation.loss import split_loss
 from phi3v_dist.evaluation.metrics import find_metrics
 from phi3v_dist.evaluation.prompts import Prompts, read_split, spread
+from phi3v_dist.evaluation.whole import gather_weights, keep_whole
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.parallel.mesh import Mesh
@@ -154,8 +154,11 @@ class InTrainingEvaluation:
         )
         settings, device = self._settings, self._mesh.device
         positions = max(shape.tokens for shape in shapes) + settings.max_new_tokens
-        if keep_whole(settings.weights, config, dtype, settings.batch_size, positions, self._mesh):
-            copy = gather_weights(engine, config, dtype, device)
+        if keep_whole(
+            settings.weights, config, dtype,
+            batch_size=settings.batch_size, positions=positions, mesh=self._mesh,
+        ):  # fmt: skip
+            copy = gather_weights(engine, config, dtype, device=device)
             return Restored(copy, config, self._processor, device, dtype)
         return Restored(engine.module, config, self._processor, device, dtype, partitioned=True)
 

@@ -1,4 +1,4 @@
-"""The dtypes that a configuration may name, and only here. Called by the train loop, evaluation, export."""
+"""The dtypes that a configuration may name."""
 
 from __future__ import annotations
 

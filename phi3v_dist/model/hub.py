@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from transformers import __version__ as transformers_version
 from transformers import initialization
 
+from phi3v_dist.engine.partition import Partition, fill_slice, full_shape, is_partitioned
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.modeling import EMBEDDING_ALIAS, Phi3VForCausalLM
 from phi3v_dist.processor.geometry import tile_side_tokens
@@ -62,31 +64,19 @@ def load_config(directory: str | Path) -> Phi3VConfig:
         raise BadInputError(f"{file}: {' '.join(str(error).split())}") from error
 
 
-def build_model(
-    config: Phi3VConfig, dtype: torch.dtype, zero_config: dict[str, Any] | None = None
-) -> Phi3VForCausalLM:
-    """A model with uninitialised weights of `dtype`; with `zero_config` (DeepSpeed's, stage 3) partitioned at
-    once.
+def build_model(config: Phi3VConfig, dtype: torch.dtype) -> Phi3VForCausalLM:
+    """A model with uninitialised weights of `dtype`. In the context `engine.zero.partitioned_parameters` its
+    weights are partitioned when they are made.
 
     The RoPE frequencies are float32 whatever the dtype.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(initialization.no_init_weights())
-        if zero_config is None:
-            before = torch.get_default_dtype()
-            stack.callback(torch.set_default_dtype, before)
-            torch.set_default_dtype(dtype)
-        else:
-            import deepspeed
-
-            # zero.Init(dtype=...) of DeepSpeed 0.19.8 gives bf16 on a CPU whatever is asked; a config works.
-            precision = {
-                name: {**zero_config.get(name, {}), "enabled": dtype == wanted}
-                for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16))
-            }
-            stack.enter_context(deepspeed.zero.Init(config_dict_or_path={**zero_config, **precision}))
-        model = Phi3VForCausalLM(config)
-    return model
+    before = torch.get_default_dtype()
+    with initialization.no_init_weights():
+        torch.set_default_dtype(dtype)
+        try:
+            return Phi3VForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
 
 
 def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
@@ -110,7 +100,7 @@ def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
         _check_names(directory, set(where) - {EMBEDDING_ALIAS}, set(parameters))
         for name, parameter in parameters.items():
             shape = tuple(where[name].get_slice(name).get_shape())
-            expected = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            expected = full_shape(parameter)
             if shape != expected:
                 raise BadInputError(
                     f"{directory}: tensor {name} has shape {list(shape)}, config.json asks for "
@@ -118,8 +108,8 @@ def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
                 )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                if hasattr(parameter, "ds_tensor"):
-                    _read_slice(where[name], name, parameter)
+                if is_partitioned(parameter):
+                    fill_slice(parameter, partial(_read_slice, where[name], name))
                 else:
                     parameter.copy_(where[name].get_tensor(name))
 
@@ -166,21 +156,14 @@ def _check_names(directory: Path, found: set[str], expected: set[str]) -> None:
             raise BadInputError(f"{directory}: tensor {min(names)} {what}{more}; {mend}")
 
 
-def _read_slice(opened: Any, name: str, parameter: Any) -> None:
-    """Fills this rank's flat slice `ds_tensor` of a ZeRO-3 parameter, reading only the rows that hold it."""
-    own = parameter.ds_tensor  # DeepSpeed 0.19.8: flat, padded at the end of the last rank's
-    size = own.numel()
-    start = parameter.ds_zero_partition_rank * size
-    stop = min(start + size, parameter.ds_numel)
-    own.zero_()
-    if start >= stop:
-        return
+def _read_slice(opened: Any, name: str, partition: Partition) -> torch.Tensor:
+    """The real elements of a rank's slice of a stored tensor, [count]; reads only the rows that hold it."""
     view = opened.get_slice(name)
     shape = view.get_shape()
-    row = math.prod(shape[1:])
-    first, last = start // row, -(-stop // row)
-    values = view[first:last].reshape(-1)[start - first * row : stop - first * row]
-    own.narrow(0, 0, stop - start).copy_(values)
+    row = math.prod(shape[1:])  # elements of an entry along the first dimension
+    first, last = partition.start // row, -(-partition.stop // row)
+    found: torch.Tensor = view[first:last].reshape(-1)
+    return found[partition.start - first * row : partition.stop - first * row]
 
 
 def init_random_checkpoint(

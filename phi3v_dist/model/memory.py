@@ -1,8 +1,8 @@
 """What makes long rows fit, switched on for a model from outside: MLPs in tiles, layer inputs on the host.
 
-Both change memory alone, as checkpointing does. `tile_mlp`: the MLP works on so many positions at a time,
-forward and backward. `offload_checkpoints`: the inputs of the checkpointed decoder layers wait for backward
-in host memory. `save_memory`: what a run's config says. Called by the train loop and the benchmarks.
+Both change the use of memory, not the results, as checkpointing does. `tile_mlp`: the MLP works on so many
+positions at a time, forward and backward. `offload_checkpoints`: inputs of the checkpointed layers wait for
+backward in host memory. `save_memory`: what the configuration of a run asks for.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: views (tiles and one global view per picture) as uint8 tiles to normalise here, or as published pixel
 values. Out: [image tokens, hidden_size], picture after picture. Only real tiles go through the tower, in a
 number of calls that the caller fixes, so that ZeRO-3 ranks stay in step; a call ends with the projection, so
-that checkpointing keeps nothing of its insides. Called by `modeling`.
+that checkpointing keeps nothing of its insides.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Ranks and how the work is spread over them: `mesh` (who am I), `zero` (the DeepSpeed configuration)."""
+"""Ranks: `mesh` (which rank is this), `sequence` (Ulysses), `start` (one start from another), `heartbeat`."""

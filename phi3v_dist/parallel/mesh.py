@@ -1,7 +1,7 @@
-"""Who this process is among its ranks, read once from torchrun's environment. Nothing else asks for a rank.
+"""Which rank this process is, read once from torchrun's environment; nothing else reads a rank there.
 
 The ranks form a grid of dp x sp: `sp` neighbouring ranks share a packed row (sequence parallelism), and the
-groups of them take different rows (data parallelism). Called by the entry points of train and evaluate.
+groups of ranks take different rows (data parallelism).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Result = TypeVar("Result")
 @dataclass(frozen=True)
 class Mesh:
     """rank, size: of all processes; local_rank: on this node. sequence: the ranks that share this one's row,
-    None if it has its rows to itself. store: key-value store of the ranks of this start. timeout_s: of a
-    collective.
+    None without sequence parallelism. store: key-value store of the ranks of this start. timeout_s: seconds
+    until a collective fails.
     """
 
     rank: int
@@ -88,15 +88,16 @@ class Mesh:
         return gathered
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on the main rank, on every rank. A BadInputError there is raised on every
-        rank, and so is a file that cannot be read or written.
+        """Runs `work` on the main rank; returns its result on every rank.
+
+        Raises BadInputError on every rank if `work` raises it, or if a file cannot be read or written.
         """
         box: list[Any] = [None, None]
         if self.is_main:
             try:
                 box = [work(), None]
             except (BadInputError, OSError) as error:
-                box = [None, _said(error)]
+                box = [None, _fault_text(error)]
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise BadInputError(box[1])
@@ -104,32 +105,34 @@ class Mesh:
         return result
 
     def everywhere(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on this rank, once it has ended on all. A BadInputError on any rank, or a file
-        that cannot be read or written there, is raised on every rank, with the rank and its host. `work` must
-        not wait for other ranks.
+        """Runs `work` on every rank; returns this rank's result after all ranks have finished.
+
+        Raises BadInputError on every rank, with the rank and its host, if any rank raises it or cannot read
+        or write a file. `work` must not wait for other ranks.
         """
         results, fault = [], None
         try:
             results.append(work())
         except (BadInputError, OSError) as error:
-            fault = f"{'' if self.is_main else f'rank {self.rank} ({socket.gethostname()}): '}{_said(error)}"
+            place = "" if self.is_main else f"rank {self.rank} ({socket.gethostname()}): "
+            fault = f"{place}{_fault_text(error)}"
         for each in self.gather(fault):
             if each is not None:
                 raise BadInputError(each)
         return results[0]
 
 
-def _said(error: BadInputError | OSError) -> str:
-    """The line for the user. Raises what is no matter of a file."""
+def _fault_text(error: BadInputError | OSError) -> str:
+    """The line for the user. Raises `error` again if it is not about a file."""
     if isinstance(error, BadInputError):
         return str(error)
     if error.filename is None:
         raise error
-    return f"{error.filename}: {error.strerror}; mend the storage, then the same command goes on"
+    return f"{error.filename}: {error.strerror}; fix the storage, then the same command resumes"
 
 
 def sequence_group(rank: int, size: int, sp: int) -> SequenceGroup | None:
-    """The group of `sp` neighbouring ranks around `rank`; every rank of the world calls this alike.
+    """The group of `sp` neighbouring ranks around `rank`; all ranks call it with the same `sp`.
 
     Neighbours are on one node as long as sp divides the ranks of a node. Raises BadInputError if sp does not
     divide the world.
@@ -146,13 +149,13 @@ def sequence_group(rank: int, size: int, sp: int) -> SequenceGroup | None:
 
 
 def _divisor(size: int, sp: int) -> int:
-    """The largest divisor of `size` that is no more than `sp`."""
+    """The largest divisor of `size` that is at most `sp`."""
     return next(n for n in range(min(sp, size), 0, -1) if size % n == 0)
 
 
 def _record_flight(logs: Path) -> None:
-    """Turns on NCCL's flight recorder, read by torch when the process group is made; what the user has set
-    stays.
+    """Turns on NCCL's flight recorder; torch reads these variables when the process group is made. Variables
+    that the user has set stay.
     """
     logs.mkdir(parents=True, exist_ok=True)
     for name, value in {
@@ -168,9 +171,9 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
     """Joins the process group that torchrun describes (a single process without it) and leaves it at the end.
 
     NCCL on CUDA, gloo on the CPU. timeout_s: seconds before a collective that waits for a lost rank fails.
-    sp: ranks that share a row. logs: directory where NCCL's flight recorder then says what every rank was
-    waiting for; None for no such. Raises BadInputError if there are more processes on this node than GPUs, or
-    sp does not divide the ranks.
+    sp: ranks that share a row. logs: directory for NCCL's flight recorder, which then records what every rank
+    was waiting for; None without it. Raises BadInputError if there are more processes on this node than GPUs,
+    or sp does not divide the ranks.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -187,11 +190,10 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
             _record_flight(logs)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read by deepspeed at import
     limit = datetime.timedelta(seconds=timeout_s)
     alone = {} if "RANK" in os.environ else {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if alone:
-        os.environ.update(alone)  # read by deepspeed
+        os.environ.update(alone)  # the engine reads them
         store: Any = dist.HashStore()
     else:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
@@ -205,7 +207,7 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
                 "every layer, which is slow", sp, on_node,
             )  # fmt: skip
         yield Mesh(rank, size, local_rank, device, store, timeout_s, sequence)
-        # Leaving while a peer still works tears its connections down; an exception must not wait here.
+        # Leaving while another rank still works closes its connections. After an exception do not wait.
         dist.barrier()
     finally:
         gc.collect()

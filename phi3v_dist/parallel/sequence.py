@@ -1,12 +1,14 @@
 """Ulysses sequence parallelism: the ranks of a group share a packed row.
 
 Outside attention a rank has a slice of the positions and all heads; inside it has all positions and a share
-of the heads, so that document boundaries need no special care. One all-to-all leads into attention and one
-out of it, in the dtype of the activations; each is its own backward. The views of the row's pictures are
-shared out as well: a rank sends the image tokens it has made to the ranks whose slices hold them.
+of the heads, so that document boundaries need no special care. One all-to-all precedes attention
+and one follows it, in the dtype of the activations; the backward of each is an all-to-all again. The views of
+the row's images are divided among the ranks too: a rank sends the image tokens it computed to the ranks whose
+slices hold them (DeepSpeed-Ulysses, arXiv:2309.14509).
 
-In: a process group. Out: `SequenceGroup`, which the mesh holds and the model uses. Nothing here knows
-weights: under ZeRO-3 every rank's gradient is that of its slice, and their sum is the row's.
+In: a process group. Out: `SequenceGroup`, which the mesh holds and the model uses. Weights do not matter
+here: under ZeRO-3 the gradient of a rank is that of its slice, and the sum over the ranks is the row's
+gradient.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ class SequenceGroup:
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def share(self, total: int) -> list[int]:
-        """Where each rank's part of `total` views begins, and the end: as even as can be, [size + 1]."""
+        """Where each rank's part of `total` views begins, and the end: as evenly as possible, [size + 1]."""
         return [total * rank // self.size for rank in range(self.size + 1)]
 
     def to_heads(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slices [T / size, heads, d] with all heads -> whole rows [T, heads / size, d], one exchange for
-        all.
+        """Slices [T / size, heads, d] with all heads -> whole rows [T, heads / size, d], in one
+        exchange.
 
         The number of key-value heads may differ from that of the queries; `size` divides both.
         """
@@ -52,18 +54,18 @@ class SequenceGroup:
         return q, k, v
 
     def to_positions(self, attended: torch.Tensor) -> torch.Tensor:
-        """[T, heads / size, d] -> [T / size, heads, d]: the way back."""
+        """[T, heads / size, d] -> [T / size, heads, d]: the inverse of `to_heads`."""
         received = self._exchange_even(attended.unflatten(0, (self.size, -1)))
         return received.transpose(0, 1).flatten(1, 2)
 
     def send_tokens(
         self, made: torch.Tensor, wanted: Sequence[torch.Tensor], starts: Sequence[int]
     ) -> torch.Tensor:
-        """Rows of a table that is spread over the ranks, to where they are wanted.
+        """Sends entries of a table that is divided among the ranks to the ranks that want them.
 
-        made: [starts[rank + 1] - starts[rank], H], this rank's rows of the table. wanted: for each rank int64
-        [n] on the CPU, the rows it wants in its order, negative where it wants none. Out: [n, H], zero there.
-        All ranks know `wanted` and `starts`, so only rows travel.
+        made: [starts[rank + 1] - starts[rank], H], this rank's entries of the table. wanted: for each rank
+        int64 [n] on the CPU, the entries it wants in its order, negative for none. Out: [n, H], zero where
+        negative. All ranks know `wanted` and `starts`, so only entries are sent.
         """
         bounds = torch.tensor(list(starts[1:-1]), dtype=torch.int64)
         owners = [torch.bucketize(rows, bounds, right=True).where(rows >= 0, -1) for rows in wanted]
@@ -84,7 +86,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Parts along the first dimension, `sent` rows of it to each rank, `received` from each."""
+    """Exchanges along the first dimension: `sent[r]` entries go to rank r, `received[r]` come from it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any, sent: list[int], received: list[int]) -> torch.Tensor:

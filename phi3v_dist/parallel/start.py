@@ -1,8 +1,8 @@
-"""How the ranks of one start tell themselves from those of an earlier one.
+"""How the ranks of one start distinguish themselves from those of an earlier start.
 
-torchrun keeps its key-value store over `--max-restarts` (torch 2.13), with the addresses of the ranks that
-died in it: a new process group that reads them waits for the dead. So the ranks first agree on a name that
-nobody has used, and put it in front of all their keys. Called by `open_mesh`.
+torchrun keeps its key-value store over `--max-restarts` (torch 2.13). It still holds the addresses of ranks
+that have died, and a new process group that reads them waits for these. So the ranks first agree on a new
+name, and prefix all their keys with it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ _POLL_S = 0.05
 
 
 def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
-    """A name for this start that all its ranks return and no other start does.
+    """Returns a name that is the same on all ranks of this start and new.
 
-    Rank 0 names it, and lists who answered under that name; the others answer to whatever name is there until
-    a list has them in it, which one of an earlier start has not. Raises TimeoutError if not all ranks come.
+    Rank 0 chooses the name and lists the ranks that answered to it. The others answer to the name in the
+    store until a list holds their answer; the list of an earlier start never does. Raises TimeoutError if not
+    all ranks come within `timeout_s` seconds.
     """
     until = time.monotonic() + timeout_s
     me = secrets.token_hex(8)

@@ -114,18 +114,21 @@ class RunLock:
             self._lock = None
 
 
-def open_run_dir(config: RunConfig, data_fingerprint: str, before: dict[str, Any] | None) -> None:
+def open_run_dir(
+    config: RunConfig, data_fingerprint: str, before: dict[str, Any] | None, *, wandb_id: str | None
+) -> None:
     """Writes config.yaml of the run that starts or resumes here; for the main rank.
 
-    before: meta.json of the checkpoint that it resumes from, None without one. Raises BadInputError if that
-    is of another configuration or other data, naming what differs and what may.
+    before: what made the checkpoint that it resumes from (`provenance`), None without one. wandb_id: of the W&B
+    run in that checkpoint. Raises BadInputError if it is of another configuration or other data, naming what
+    differs and what may.
     """
     run_dir = config.run_dir
     try:
         if before is not None:
-            _check_same(run_dir, config, data_fingerprint, before=before["run"])
-            if before["wandb_id"] and not (run_dir / RUN_ID).exists():
-                write_atomically(run_dir / RUN_ID, before["wandb_id"].encode())
+            _check_same(run_dir, config, data_fingerprint, before=before)
+            if wandb_id and not (run_dir / RUN_ID).exists():
+                write_atomically(run_dir / RUN_ID, wandb_id.encode())
         write_atomically(run_dir / CONFIG, config_json(config).encode())
     except OSError as error:
         raise not_writable(run_dir, error) from error

@@ -16,6 +16,7 @@ from typing import Any
 
 from phi3v_dist import __version__
 from phi3v_dist.config import RunConfig, config_json
+from phi3v_dist.engine.package import PACKAGE
 
 _JOB = (  # names of variables that say which job of a scheduler this is
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST",
@@ -42,7 +43,7 @@ def versions() -> dict[str, str]:
     return {
         "phi3v-dist": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        **{name: version(name) for name in ("torch", "transformers", PACKAGE)},
     }
 
 

@@ -309,8 +309,8 @@ def _log_model(run: Any, config: RunConfig, target: Path, *, aliases: list[str])
     import wandb
 
     meta = checkpoint.read_meta(target)
-    step = meta["progress"]["step"]
-    made = meta["run"]
+    step = meta.progress.step
+    made = meta.run
     metadata = {
         "step": step,
         "metric": config.eval.best_metric,

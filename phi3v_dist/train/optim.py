@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from phi3v_dist.config import Group, TrainConfig
-from phi3v_dist.engine.shape import full_shape
+from phi3v_dist.engine.partition import full_shape
 from phi3v_dist.model.groups import group_of
 
 _VECTORS = " vectors"

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from phi3v_dist.checkpoint.manifest import lay_out, seal, sum_file, write_tensors
-from phi3v_dist.checkpoint.read import FORMAT, META
+from phi3v_dist.checkpoint.meta import FORMAT, META
 from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import expected_shapes
 from phi3v_dist.processor.tokenizer import train_tokenizer

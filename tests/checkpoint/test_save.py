@@ -18,11 +18,20 @@ import torch
 from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.checkpoint import save as saving
 from phi3v_dist.checkpoint.manifest import COMPLETE, MANIFEST
-from phi3v_dist.checkpoint.read import BEST, LATEST, Progress, checkpoints, find_resume, load, newest, point
+from phi3v_dist.checkpoint.meta import Progress
+from phi3v_dist.checkpoint.read import BEST, LATEST, checkpoints, find_resume, load, newest, point
 from phi3v_dist.checkpoint.save import ModelCard, Saver
-from phi3v_dist.checkpoint.state import MOMENTS, KeptState, trainable
-from phi3v_dist.config import CheckpointConfig, load_config
-from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
+from phi3v_dist.checkpoint.state import KeptState
+from phi3v_dist.config import CheckpointConfig, RunConfig, load_config
+from phi3v_dist.engine.state import trained_slices
+from phi3v_dist.engine.zero import (
+    initialize,
+    make_engine,
+    partitioned_parameters,
+    prepare_deepspeed,
+    zero_config,
+)
+from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.hub import build_model, load_weights
 from phi3v_dist.parallel.mesh import Mesh, open_mesh
 from phi3v_dist.pretrained import prepare_pretrained
@@ -41,25 +50,26 @@ class Run:
 
     def saver(self, folder: Path, **settings: Any) -> Saver:
         config = CheckpointConfig.model_validate({"timeout_s": 20.0, **settings})
-        return Saver(self.engine, folder, self.card, self.about, folder / "no id", self.mesh, config, 0)
+        return Saver(
+            self.engine, folder, self.mesh,
+            card=self.card, run=self.about, wandb_id=folder / "no id", config=config, saved_step=0,
+        )  # fmt: skip
 
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of everything that training changes."""
         found = {}
-        for name, _, flat, offset, count, _ in trainable(self.engine):
-            found[name] = flat.data.narrow(0, offset, count).clone()
-            for kind in MOMENTS:
-                found[f"{kind}/{name}"] = (
-                    self.engine.optimizer.optimizer.state[flat][kind].narrow(0, offset, count).clone()
-                )
+        for each in trained_slices(self.engine):
+            found[each.name] = each.of(each.master.data).clone()
+            for kind, tensor in self.engine.optimizer.optimizer.state[each.master].items():
+                if tensor.ndim:
+                    found[f"{kind}/{each.name}"] = each.of(tensor).clone()
         return found
 
     def disturb(self) -> None:
         for flat in self.engine.optimizer.fp32_partitioned_groups_flat:
             flat.data.mul_(1.5)
-            for kind in MOMENTS:
-                self.engine.optimizer.optimizer.state[flat][kind].add_(0.25)
-            self.engine.optimizer.optimizer.state[flat]["step"].add_(7)
+            for kind, tensor in self.engine.optimizer.optimizer.state[flat].items():
+                tensor.add_(7 if kind == "step" else 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +87,8 @@ def _open_run(products: Path, work: Path) -> Iterator[Run]:
     with open_mesh(40.0) as mesh:
         pretrained = prepare_pretrained(config, config.run_dir, mesh)
         prepare_deepspeed(mesh)
-        model = build_model(pretrained.model_config, torch.float32, zero_config(config, 1))
+        with partitioned_parameters(zero_config(config, 1), torch.float32):
+            model = build_model(pretrained.model_config, torch.float32)
         load_weights(model, pretrained.model_dir)
         learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         matrices = [p for n, p in learning if len(p.ds_shape) > 1]
@@ -86,11 +97,11 @@ def _open_run(products: Path, work: Path) -> Iterator[Run]:
             {"params": matrices, "name": "matrices", "weight_decay": 0.1, "lr": 1e-3, "lr_scale": 1.0},
             {"params": vectors, "name": "vectors", "weight_decay": 0.0, "lr": 5e-4, "lr_scale": 0.5},
         ]
-        engine = make_engine(model, groups, config, 1)
+        engine = make_engine(model, groups, config, accumulation=1)
         for flat in engine.optimizer.fp32_partitioned_groups_flat:
             state = engine.optimizer.optimizer.state[flat]
             state["step"] = torch.tensor(3.0)
-            for place, kind in enumerate(MOMENTS):
+            for place, kind in enumerate(("exp_avg", "exp_avg_sq")):
                 state[kind] = torch.rand(flat.shape, generator=torch.Generator().manual_seed(place))
         card = ModelCard(pretrained.model_config.to_dict(), 1, pretrained.model_dir, pretrained.tokenizer_dir)
         about = {"config": config.model_dump(mode="json"), "data_fingerprint": "f", "versions": {}}
@@ -122,6 +133,35 @@ def test_what_is_read_is_what_was_there_when_it_was_saved(
     assert {float(s["step"]) for s in run.engine.optimizer.optimizer.state.values()} == {3.0}
 
 
+def test_another_optimizer_is_saved_and_read_with_no_change_here(run: Run, tmp_path: Path) -> None:
+    """SGD with momentum: no step count, one tensor per element, and none before the first step."""
+    config = RunConfig.model_validate(run.about["config"])
+    with partitioned_parameters(zero_config(config, 1), torch.float32):
+        model = build_model(Phi3VConfig(**run.card.config), torch.float32)
+    load_weights(model, run.card.model_dir)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    sgd = torch.optim.SGD([{"params": learning, "name": "all", "lr": 0.1}], momentum=0.9)
+    engine = initialize(model, sgd, zero_config(config, 1))
+    other = Run(engine, run.mesh, run.card, run.about)
+    try:
+        for flat in engine.optimizer.fp32_partitioned_groups_flat:
+            engine.optimizer.optimizer.state[flat]["momentum_buffer"] = torch.rand_like(flat.data)
+        before = other.state()
+        other.saver(tmp_path).save(Progress(step=1))
+        other.disturb()
+        assert load(engine, tmp_path / "step-000001", run.mesh).step == 1
+        after = other.state()
+        assert sum(name.startswith("momentum_buffer/") for name in before) == len(learning)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        with pytest.raises(BadInputError, match="holds no exp_avg/.*written with another optimizer"):
+            target = tmp_path / "step-000001"
+            meta = checkpoint.read_meta(target)
+            assert meta.adam_steps == [0.0]
+            load(run.engine, target, run.mesh)
+    finally:
+        engine.destroy()
+
+
 def damage(target: Path, how: str) -> None:
     file = target / "rank-00000.safetensors"
     if how == "truncated":
@@ -142,7 +182,7 @@ def damage(target: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "one bit", "one bit of meta.json", "manifest", "half-written"])
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
     saver = run.saver(tmp_path)
@@ -153,7 +193,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
     damage(bad, how)
     assert newest(tmp_path) == good
     assert find_resume(tmp_path, run.mesh) == good
-    assert "step-1000000: not used" in caplog.text and f"going on from {good} instead" in caplog.text
+    assert "step-1000000: not used" in caplog.text and f"resuming from {good} instead" in caplog.text
     assert checkpoints(tmp_path) == [good], "the damaged one is set aside and never counts as the newest"
     saver.save(Progress(step=1_000_001))
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, "step-1000001", "step-999999"]
@@ -205,7 +245,7 @@ def test_kept_are_the_newest_every_so_many_and_what_a_pointer_names(run: Run, tm
 def test_a_full_disk_costs_saves_until_there_are_too_many(
     run: Run, small_disk: Path, caplog: pytest.LogCaptureFixture, in_background: bool
 ) -> None:
-    size = sum(slot.size for slot in KeptState(run.engine, run.mesh, False).slots)
+    size = sum(slot.size for slot in KeptState(run.engine, run.mesh, buffered=False).slots)
     subprocess.run(["mount", "-o", f"remount,size={int(1.6 * size)}", str(small_disk)], check=True)
     folder = small_disk / "checkpoints"
     saver = run.saver(folder, max_failures=2, **{"async": in_background})
@@ -295,11 +335,11 @@ def test_frozen_weights_that_outweigh_the_rest_stay_in_their_model_directory(
 ) -> None:
     """As with LoRA or a projector alone: small checkpoints, and other frozen weights are noticed."""
     full = dict(run.engine.module.named_parameters())
-    learning = {name for name, _, *_ in trainable(run.engine)}
+    learning = {each.name for each in trained_slices(run.engine)}
     groups = run.engine.optimizer.fp16_groups
     kept = [[p for p in group if p.ds_numel < 100] for group in groups]
     others = [p for name, p in full.items() if name in learning and p.ds_numel >= 100]
-    whole = sum(slot.size for slot in KeptState(run.engine, run.mesh, False).slots)
+    whole = sum(slot.size for slot in KeptState(run.engine, run.mesh, buffered=False).slots)
     try:
         run.engine.optimizer.fp16_groups = kept
         for parameter in others:

@@ -59,7 +59,7 @@ def test_the_optimizer_in_files_is_the_one_in_memory(tiny_config: Path, tmp_path
     ours, theirs = found["nvme"][1], found["cpu"][1]
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert checkpoint.read_meta(run_dir / "checkpoints/step-000006")["adam_steps"][0] == 6.0
+    assert checkpoint.read_meta(run_dir / "checkpoints/step-000006").adam_steps[0] == 6.0
 
 
 @contextmanager

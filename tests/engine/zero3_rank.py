@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from phi3v_dist.engine.zero import partitioned_parameters
 from phi3v_dist.model import hub
 from phi3v_dist.model.hub import build_model, load_config, load_weights
 
@@ -34,6 +35,12 @@ def zero_config(dtype: torch.dtype) -> dict:
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
+
+
+def built(directory: Path, dtype: torch.dtype) -> Any:
+    """The model of a directory, partitioned while it is built."""
+    with partitioned_parameters(zero_config(dtype), dtype):
+        return build_model(load_config(directory), dtype)
 
 
 class Memory:
@@ -108,7 +115,7 @@ def main(directory: Path) -> None:
     result: dict = {}
     hub.safe_open = lambda *arguments: CountingFile(safe_open(*arguments))
     with Memory() as memory:
-        big = build_model(load_config(directory / "big"), torch.float32, zero_config(torch.float32))
+        big = built(directory / "big", torch.float32)
         load_weights(big, directory / "big")
     hub.safe_open = safe_open
     result |= {"private": memory.peak, "read": CountingFile.read}
@@ -117,7 +124,7 @@ def main(directory: Path) -> None:
     del big
 
     for dtype in (torch.bfloat16, torch.float32):
-        model = build_model(load_config(directory / "tiny"), dtype, zero_config(dtype))
+        model = built(directory / "tiny", dtype)
         load_weights(model, directory / "tiny")
         result["right"] &= bits_are_right(model, directory / "tiny/model.safetensors")
         result["right"] &= {p.dtype for p in model.parameters()} == {dtype}

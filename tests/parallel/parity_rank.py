@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from phi3v_dist.config import RunConfig
-from phi3v_dist.engine.zero import make_engine, prepare_deepspeed, zero_config
+from phi3v_dist.engine.zero import make_engine, partitioned_parameters, prepare_deepspeed, zero_config
 from phi3v_dist.model.hub import build_model, load_config, load_weights
 from phi3v_dist.model.memory import save_memory
 from phi3v_dist.model.row import PackedRow
@@ -51,11 +51,12 @@ def run_config(accumulation: int, **parallel: Any) -> RunConfig:
 
 
 def engine_of(directory: Path, config: RunConfig, accumulation: int, mesh: Mesh) -> Any:
-    model = build_model(load_config(directory), torch.float32, zero_config(config, accumulation))
+    with partitioned_parameters(zero_config(config, accumulation), torch.float32):
+        model = build_model(load_config(directory), torch.float32)
     load_weights(model, directory)
     model.sequence = mesh.sequence
     save_memory(model, config)
-    return make_engine(model, parameter_groups(model, config.train), config, accumulation)
+    return make_engine(model, parameter_groups(model, config.train), config, accumulation=accumulation)
 
 
 def micro_rows(rows: list[PackedRow], mesh: Mesh) -> list[PackedRow]:

@@ -101,8 +101,8 @@ def test_a_step_without_a_finite_loss_is_skipped_and_noted(straight: Job) -> Non
     assert [json.loads(line)["micro"] for line in notes] == [0, 1]
     assert not (straight.run_dir / "logs/rows-rank-1.jsonl").exists(), "its rows were good"
     meta = checkpoint.read_meta(straight.run_dir / "checkpoints/step-000006")
-    assert meta["progress"]["skipped_steps"] == 1 and meta["progress"]["bad_streak"] == 0
-    assert set(meta["adam_steps"]) == {5.0}
+    assert meta.progress.skipped_steps == 1 and meta.progress.bad_streak == 0
+    assert set(meta.adam_steps) == {5.0}
 
     # the row again, as the note names it
     note = json.loads(notes[1])
@@ -157,10 +157,8 @@ def test_any_number_of_ranks_goes_on_where_another_stopped(tiny_config: Path, st
     assert list(job.losses()) == [1, 2, 4, 5, 6]
     assert list(job.losses().values()) == pytest.approx(list(straight.losses().values()), rel=1e-5)
     metas = [checkpoint.read_meta(each.run_dir / "checkpoints/step-000006") for each in (job, straight)]
-    assert metas[0]["progress"] == metas[1]["progress"] and metas[0]["progress"]["rows"] == 24
-    assert (
-        metas[0]["groups"] == metas[1]["groups"] and len({g["weight_decay"] for g in metas[0]["groups"]}) == 2
-    )
+    assert metas[0].progress == metas[1].progress and metas[0].progress.rows == 24
+    assert metas[0].groups == metas[1].groups and len({g["weight_decay"] for g in metas[0].groups}) == 2
     ours, theirs = job.weights(6), straight.weights(6)
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-4
 
@@ -223,16 +221,16 @@ def test_a_row_of_a_prolonged_run_is_found_again(tiny_config: Path) -> None:
     assert job.run(1, "none:9", *whole[:1], "train.epochs=0.3", *whole[2:])[0] == DONE
     short = checkpoint.newest(job.run_dir / "checkpoints")
     assert short is not None
-    progress = checkpoint.read_meta(short)["progress"]
-    assert progress["rows"] % 4, "the last step is a short one"
+    progress = checkpoint.read_meta(short).progress
+    assert progress.rows % 4, "the last step is a short one"
     assert job.run(1, "none:9", *whole)[0] == DONE
     config = load_config(job.run_dir / "config.yaml")
-    keys = [replay(config, Place(progress["step"], 0, micro, 1)).keys for micro in range(4)]
+    keys = [replay(config, Place(progress.step, 0, micro, 1)).keys for micro in range(4)]
     plan = prepare_data(
         config, load_tokenizer(job.run_dir / "tokenizer"), model_config_of(config).tile,
         directory=job.run_dir / "plan", writer=False,
     )  # fmt: skip
-    rows = plan.plan.step(progress["rows"]).rows
+    rows = plan.plan.step(progress.rows).rows
     assert sorted(keys) == sorted(tuple(plan.maker.keys(MicroRow(row, 1))) for row in rows)
     with pytest.raises(BadInputError, match="the run ends before step 99"):
         replay(config, Place(99, 0, 0, 1))
@@ -257,7 +255,7 @@ def test_storage_that_fails_before_the_first_step_is_one_line(tiny_config: Path)
     job.run_dir.mkdir(parents=True)
     (job.run_dir / "plan").write_text("a file, where no directory can be made")
     code, output = job.run(2, "none:9")
-    assert code == USAGE and f"phi3v: {job.run_dir / 'plan'}: File exists; mend the storage" in output
+    assert code == USAGE and f"phi3v: {job.run_dir / 'plan'}: File exists; fix the storage" in output
 
 
 def test_an_evaluation_that_fails_costs_the_run_nothing_else(tiny_config: Path) -> None:

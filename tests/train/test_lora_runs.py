@@ -69,7 +69,7 @@ def test_adapters_learn_on_two_ranks_as_in_plain_torch(tiny_config: Path) -> Non
         ours = restore(find_source(out), "cpu", torch.float32).model(input_ids=ids).logits
         theirs = adapted(input_ids=ids).logits
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
-    with pytest.raises(BadInputError, match="is no empty directory"):
+    with pytest.raises(BadInputError, match="is not an empty directory"):
         export_adapter(source, kept)
 
 
@@ -89,7 +89,7 @@ def test_adapters_beside_parts_that_learn_in_full(tiny_config: Path) -> None:
     with pytest.raises(BadInputError, match="weights have learnt in full beside the adapters"):
         export_adapter(find_source(run_dir), run_dir / "adapter")
     meta = checkpoint.read_meta(find_source(run_dir).directory)
-    learnt = [name for name, entry in meta["parameters"].items() if not entry["frozen"]]
+    learnt = [name for name, entry in meta.parameters.items() if not entry.frozen]
     assert all(any(part in name for name in learnt) for part in ("img_projection", "img_processor"))
     assert not [name for name in learnt if name.startswith("model.layers.") and ".lora_" not in name]
 

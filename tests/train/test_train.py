@@ -106,7 +106,7 @@ def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) ->
         "README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    with pytest.raises(BadInputError, match="is no empty directory"):
+    with pytest.raises(BadInputError, match="is not an empty directory"):
         export(find_source(run_dir), out)
     assert len(verify(find_source(run_dir), out, str(load_config(tiny_config).data.path), 2)) == 2
     assert "| exact_match |" in (out / "README.md").read_text()
@@ -171,7 +171,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
     assert recorded_exit(run_dir, began) == PREEMPTED
     newest = checkpoint.newest(run_dir / "checkpoints")
     assert newest is not None
-    step = checkpoint.read_meta(newest)["progress"]["step"]
+    step = checkpoint.read_meta(newest).progress.step
     assert max(logged(run_dir, "train/loss")) == step
 
     output = run_ranks(tiny_config, 2, f"train.steps={step + 2}", "track.mode=offline")
