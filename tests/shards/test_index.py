@@ -86,7 +86,7 @@ def test_bad_samples_are_in_the_ledger_and_counted(tmp_path: Path, picture: Pict
     samples[3]["txt"] = ""
     root = write_tars(tmp_path / "d", {"a.tar": samples})
     options = {"prompt": "?", "answer": "{txt}"}
-    with pytest.raises(BadInputError, match="only 4 of 6 samples can be used .min_success 0.95.; most often"):
+    with pytest.raises(BadInputError, match="only 4 of 6 samples can be used .min_success 0.95.; most frequent reason"):
         build_index(str(root), IndexOptions(**options))
     info = build_index(str(root), IndexOptions(**options, min_success=0.5))
     assert info.num_samples == 4
