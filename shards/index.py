@@ -153,8 +153,15 @@ def _index_tars(
         if part is None:
             split = splits[number] if all(splits) else None
             with storage.local_copy(name) as path:
-                indexer = _TarIndexer(path, tag, reader, named_split=split, val_fraction=options.val_fraction)
-                part = indexer.write(root, number)
+                part = _index_tar(
+                    path,
+                    tag,
+                    reader,
+                    root=root,
+                    number=number,
+                    named_split=split,
+                    val_fraction=options.val_fraction,
+                )
             storage.upload(part_files(number))
             failed = part.rows - len(part.keys)
             _log.info("%s/%s: %d samples, %d failed", storage.out, name, len(part.keys), failed)
@@ -174,48 +181,49 @@ def _check_parts(root: Path, count: int) -> None:
             raise BadInputError(f"{path}: not a part of this index; move {INDEX_DIR}/ away and index again")
 
 
-class _TarIndexer:
-    """Indexes one tar. named_split: the split that its name says; None: by hash of the groups."""
+def _index_tar(
+    path: Path,
+    tag: TarTag,
+    reader: SampleReader,
+    *,
+    root: Path,
+    number: int,
+    named_split: str | None,
+    val_fraction: float,
+) -> TarPart:
+    """Reads one tar and writes its ledger part and index part, `number`, into the dataset `root`.
 
-    def __init__(
-        self, path: Path, tag: TarTag, reader: SampleReader, *, named_split: str | None, val_fraction: float
-    ) -> None:
-        self._path, self._tag, self._reader = path, tag, reader
-        self._named_split, self._val_fraction = named_split, val_fraction
-        self._records: list[SampleRecord] = []
-        self._ledger = io.StringIO()
-
-    def write(self, root: Path, number: int) -> TarPart:
-        """Reads the tar and writes its ledger part and index part, `number`."""
-        rows = 0
-        seen: set[str] = set()
-        with self._path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            stream.seek(0)
-            for sample in scan(stream, str(self._path)):
-                item, members = self._reader.read(stream.fileno(), sample, self._tag.row + rows)
-                if sample.key in seen:
-                    fault = "its key came before in this tar: its members are not adjacent"
-                    item = Prepared(item.row, (), fault)
-                seen.add(sample.key)
-                split = None
-                if item.fault is None:
-                    split = self._named_split or split_of(item, self._val_fraction)
-                    record = sample_record(item, split, self._path.name, sample=sample, members=members)
-                    self._records.append(record)
-                self._ledger.write(ledger_entry(item, split, self._path.name).to_json())
-                rows += 1
-            size = os.fstat(stream.fileno()).st_size
-        write_atomically(ledger_part(root, "", number), self._ledger.getvalue().encode())
-        part = TarPart(
-            tag=self._tag,
-            shard=ShardInfo(self._path.name, len(self._records), size, sha256),
-            rows=rows,
-            samples=Counter(record.split for record in self._records),
-            keys=tuple(record.key for record in self._records),
-        )
-        write_part(root, number, part, self._records)
-        return part
+    named_split: the split that the names of the tars say; None: by hash of the groups.
+    """
+    records: list[SampleRecord] = []
+    ledger = io.StringIO()
+    seen: set[str] = set()
+    rows = 0
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        for sample in scan(stream, str(path)):
+            item, members = reader.read(stream.fileno(), sample, tag.row + rows)
+            if sample.key in seen:
+                item = Prepared(item.row, (), "its key came before in this tar: its members are not adjacent")
+            seen.add(sample.key)
+            split = None
+            if item.fault is None:
+                split = named_split or split_of(item, val_fraction)
+                records.append(sample_record(item, split, path.name, sample=sample, members=members))
+            ledger.write(ledger_entry(item, split, path.name).to_json())
+            rows += 1
+        size = os.fstat(stream.fileno()).st_size
+    write_atomically(ledger_part(root, "", number), ledger.getvalue().encode())
+    part = TarPart(
+        tag=tag,
+        shard=ShardInfo(path.name, len(records), size, sha256),
+        rows=rows,
+        samples=Counter(record.split for record in records),
+        keys=tuple(record.key for record in records),
+    )
+    write_part(root, number, part, records=records)
+    return part
 
 
 def _split_in_name(name: str) -> str | None:

@@ -68,7 +68,7 @@ class TarPart:
         return {_TAR_KEY: json.dumps(stored).encode()}
 
 
-def write_part(root: Path, number: int, part: TarPart, records: Sequence[SampleRecord]) -> None:
+def write_part(root: Path, number: int, part: TarPart, *, records: Sequence[SampleRecord]) -> None:
     """Writes the index part of tar `number` (in the order of the names)."""
     _write_table(index_part(root, "", number), records_table(records), part)
 

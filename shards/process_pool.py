@@ -129,7 +129,7 @@ def _run_pool(
     job: _Job, numbers: Sequence[int], tally: Tally, *, progress: Progress | None, total: int
 ) -> None:
     context = multiprocessing.get_context("fork")
-    counts = context.Array("q", (tally.records, tally.failed))
+    counts: Any = context.Array("q", (tally.records, tally.failed))
     count = job.options.processes or 1
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
@@ -153,8 +153,9 @@ def _run_pool(
             f"{job.work.name}: a process of the build was killed ({_exit_of(workers)}); run again"
         ) from error
     except BaseException:
-        for worker in workers:  # ProcessPoolExecutor of Python 3.11 cannot stop tasks that have begun
-            worker.terminate()
+        for each in multiprocessing.active_children():
+            if each not in others:  # ProcessPoolExecutor of Python 3.11 cannot stop tasks that have begun
+                each.terminate()
         raise
     finally:
         pool.shutdown()

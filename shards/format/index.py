@@ -6,6 +6,7 @@ In: a dataset directory. Out: a pyarrow Table in canonical order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import fsspec
 import pyarrow as pa
@@ -116,7 +117,7 @@ def table_records(table: pa.Table) -> list[SampleRecord]:
             **{
                 **row,
                 "images": tuple(ImageRef(**image) for image in row["images"]),
-                "messages": tuple(Message(**message) for message in row.get("messages", ())),
+                "messages": tuple(cast(Message, message) for message in row.get("messages", ())),
             }
         )
         for row in table.to_pylist()

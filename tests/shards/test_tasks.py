@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,6 +56,33 @@ def test_processes_write_what_one_writes(tmp_path: Path, table: Callable[..., Pa
     build(str(source), str(tmp_path / "two"), two, progress=lambda done, total: seen.append(done))
     build(str(source), str(tmp_path / "one"), ASK)
     assert files(tmp_path / "two") == files(tmp_path / "one") and seen[-1] == 33
+
+
+def test_a_killed_process_ends_the_build_and_the_same_command_resumes(
+    tmp_path: Path, table: Callable[..., Path]
+) -> None:
+    source, out = str(table(400)), str(tmp_path / "out")
+    two = BuildOptions(**{**ASK.__dict__, "processes": 2})
+
+    def kill(done: int, total: int) -> None:
+        multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(BadInputError, match="a process of the build was killed .SIGKILL: often too little"):
+        build(source, out, two, progress=kill)
+    assert not multiprocessing.active_children() and not (tmp_path / "out/dataset.json").exists()
+    build(source, out, two)
+    build(source, str(tmp_path / "one"), ASK)
+    assert files(Path(out)) == files(tmp_path / "one")
+
+
+def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path, table: Callable[..., Path]) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    two = BuildOptions(**{**ASK.__dict__, "processes": 2})
+    with pytest.raises(KeyboardInterrupt):
+        build(str(table(400)), str(tmp_path / "out"), two, progress=interrupt)
+    assert not multiprocessing.active_children() and not (tmp_path / "out/dataset.json").exists()
 
 
 def test_what_a_process_finds_is_said_once_and_mended(tmp_path: Path, table: Callable[..., Path]) -> None:
