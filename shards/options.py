@@ -84,6 +84,11 @@ class BuildOptions:
             parse_coding(self.reencode)
 
 
+def num_may_fail(num_records: int, min_success: float) -> int:
+    """How many of the records may fail where the fraction `min_success` must succeed."""
+    return int((1 - min_success) * num_records + 1e-9)
+
+
 def check_fractions(options: object, *names: str) -> None:
     """Raises BadInputError if one of these fields is not from 0 to 1."""
     for name in names:

@@ -12,11 +12,11 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from shards.common.errors import BadInputError
 from shards.common.text import first_line
 from shards.fetch import Fetched, Fetcher, is_local, read_local
+from shards.format.records import ImageRef, Message, SampleRecord
 from shards.images import ImageFacts, check_image, reencode
 from shards.options import BuildOptions
 from shards.rows import Image, Row
@@ -143,31 +143,25 @@ def with_pictures(row: Row, pictures: Sequence[Picture]) -> Prepared:
     return Prepared(row, tuple(pictures), faults[0] if faults else None)
 
 
-def index_row(
-    item: Prepared, split: str, shard: str, sample: TarSample, members: Sequence[Member]
-) -> dict[str, Any]:
-    """A row of INDEX_SCHEMA. members: those of `sample` that hold the pictures, in their order."""
-    images = [
-        {
-            "member": member.name,
-            "offset": member.offset,
-            "length": member.length,
-            "width": picture.facts.width,
-            "height": picture.facts.height,
-        }
+def sample_record(
+    item: Prepared, split: str, shard: str, *, sample: TarSample, members: Sequence[Member]
+) -> SampleRecord:
+    """The record of a sample that is in a tar. members: those of `sample` that hold its images, in order."""
+    images = tuple(
+        ImageRef(member.name, member.offset, member.length, picture.facts.width, picture.facts.height)
         for member, picture in zip(members, item.pictures, strict=True)
         if picture.facts is not None
-    ]
-    return {
-        "key": item.row.key,
-        "split": split,
-        "shard": shard,
-        "offset": sample.offset,
-        "length": sample.length,
-        "images": images,
-        "messages": item.row.messages,
-        "meta": _ENCODER.encode(item.row.meta),
-    }
+    )
+    return SampleRecord(
+        key=item.row.key,
+        split=split,
+        shard=shard,
+        offset=sample.offset,
+        length=sample.length,
+        images=images,
+        messages=tuple(Message(role=each["role"], content=each["content"]) for each in item.row.messages),
+        meta=_ENCODER.encode(item.row.meta),
+    )
 
 
 def split_of(item: Prepared, val_fraction: float) -> str:

@@ -6,6 +6,7 @@ In: a dataset directory. Out: a pyarrow Table in canonical order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import fsspec
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from shards.common.errors import BadInputError
 from shards.common.text import first_line
 from shards.format.dataset import DATASET_JSON, INDEX_DIR, files_in, read_dataset_info
+from shards.format.records import ImageRef, Message, SampleRecord
 
 # offset and length of a row: bytes of the sample's members in the tar, from the first header to the end of
 # the last member's padding. offset and length of an image: its data alone, absolute in the tar. width and
@@ -89,3 +91,44 @@ def _subschema(names: Sequence[str]) -> pa.Schema:
             f"the index has no column {unknown[0]!r}; it has: {', '.join(INDEX_SCHEMA.names)}"
         )
     return pa.schema([INDEX_SCHEMA.field(name) for name in names])
+
+
+def records_table(records: Sequence[SampleRecord]) -> pa.Table:
+    """The records as a table of INDEX_SCHEMA, in their order."""
+    columns = {
+        "key": [record.key for record in records],
+        "split": [record.split for record in records],
+        "shard": [record.shard for record in records],
+        "offset": [record.offset for record in records],
+        "length": [record.length for record in records],
+        "images": [[_image_struct(image) for image in record.images] for record in records],
+        "messages": [list(record.messages) for record in records],
+        "meta": [record.meta for record in records],
+    }
+    return pa.Table.from_pydict(columns, INDEX_SCHEMA)
+
+
+def table_records(table: pa.Table) -> list[SampleRecord]:
+    """The inverse of `records_table`. Columns that `table` does not have get the defaults of SampleRecord;
+    key, shard and images are needed.
+    """
+    return [
+        SampleRecord(
+            **{
+                **row,
+                "images": tuple(ImageRef(**image) for image in row["images"]),
+                "messages": tuple(cast(Message, message) for message in row.get("messages", ())),
+            }
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def _image_struct(image: ImageRef) -> dict[str, str | int]:
+    return {
+        "member": image.member,
+        "offset": image.offset,
+        "length": image.length,
+        "width": image.width,
+        "height": image.height,
+    }
