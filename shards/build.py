@@ -99,9 +99,7 @@ def build_task(
         if is_complete(storage):
             return list(finished_partitions(storage.root, work).values())
         partitions = list(run_work(storage, work, options, progress=progress).values())
-        if (
-            opened.num_records is None
-        ):  # otherwise Work.may_fail has limited the failures from the first record
+        if opened.num_records is None:  # otherwise Work.may_fail limits the failures from the first record on
             check_share(storage.root, opened.name, partitions, min_success=options.min_success)
         return partitions
 

@@ -350,7 +350,7 @@ def _need_column(source: str, columns: Sequence[str], column: str, *, option: st
     """Raises BadInputError if there is no such column. option: the setting that names it."""
     if column not in columns:
         near = nearest(column, columns)
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = f"; did you mean {near!r}" if near else ""
         raise BadInputError(
             f"{source}: no column {column!r} (named by {option}){hint}; its columns: {', '.join(columns)}"
         )

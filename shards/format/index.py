@@ -1,4 +1,4 @@
-"""The index of a dataset: its schema, and reading it whole.
+"""The index of a dataset: its schema, reading it, and records to table and back.
 
 In: a dataset directory. Out: a pyarrow Table in canonical order.
 """
@@ -18,9 +18,9 @@ from shards.common.text import first_line
 from shards.format.dataset import DATASET_JSON, INDEX_DIR, files_in, read_dataset_info
 from shards.format.records import ImageRef, Message, SampleRecord
 
-# offset and length of a row: bytes of the sample's members in the tar, from the first header to the end of
-# the last member's padding. offset and length of an image: its data alone, absolute in the tar. width and
-# height: as shown.
+# offset and length of a sample: bytes of its members in the tar, from the first header to the end of the last
+# member's padding. offset and length of an image: bytes of its data alone, from the start of the tar. width
+# and height: pixels as shown, EXIF orientation applied. meta: JSON text.
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -51,9 +51,9 @@ INDEX_SCHEMA = pa.schema(
 def read_index(root: str, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """The index of a complete dataset in canonical order (shard name, then offset), schema INDEX_SCHEMA.
 
-    split: only its rows. columns: only these columns, in this order.
-    Raises BadInputError if the dataset is incomplete, has no such split, or the index does not agree with
-    dataset.json.
+    split: only the samples of this split. columns: only these columns, in this order.
+    Raises BadInputError if the dataset is incomplete or has no such split, if a part of the index cannot be
+    read, or if the index does not agree with dataset.json.
     """
     info = read_dataset_info(root)
     if split is not None and split not in info.splits:

@@ -184,7 +184,7 @@ def test_what_cannot_be_indexed_is_refused(
         build_index(str(root), IndexOptions(prompt="?", answer="{txt}"))
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut/a.tar").write_bytes((root / "a.tar").read_bytes()[:2000])
-    with pytest.raises(BadInputError, match="not a whole, uncompressed tar|damaged or cut"):
+    with pytest.raises(BadInputError, match="not a complete, uncompressed tar|damaged or truncated"):
         build_index(str(tmp_path / "cut"), IndexOptions(prompt="?", answer="{txt}"))
     options = BuildOptions(images=("image",), prompt="?", answer="{name}")
     build(str(table(2)), str(tmp_path / "built"), options)

@@ -74,7 +74,7 @@ def test_a_damaged_tar_a_missing_one_and_a_stray_one(dataset: Path) -> None:
     row = pq.read_table(dataset / "index").to_pylist()[4]
     change_tar(dataset, row["offset"], b"\xff" * 100)
     faults = check(dataset)
-    assert any("damaged or cut header" in fault for fault in faults)
+    assert any("damaged or truncated header" in fault for fault in faults)
     assert any("no sample at byte" in fault and "'00000004'" in fault for fault in faults)
     (dataset / "shard-000000.tar").rename(dataset / "shard-000009.tar")
     assert check(dataset) == [
