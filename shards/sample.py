@@ -106,17 +106,19 @@ class Product:
         return f"{100 * hundreds + units}.{_COLOURS[self.colour][1]}"
 
 
-def make_catalogue(out: Path, rows: int = 2000, seed: int = 0, *, base_url: str | None = None) -> Path:
-    """Draws a catalogue of `rows` products into `out`, unless it exists; returns the path of its CSV.
+def make_catalogue(
+    out: Path, num_products: int = 2000, seed: int = 0, *, base_url: str | None = None
+) -> Path:
+    """Draws a catalogue of `num_products` products into `out`, unless it exists; returns the path of its CSV.
 
     base_url: imageurl becomes BASE_URL/images/NAME; None: a path relative to the CSV (see `serve_catalogue`).
     The CSV is written last; after an interruption, call again.
     Raises BadInputError if `out` holds something else or cannot be written.
     """
     out = Path(out)
-    if rows < 1:
-        raise BadInputError(f"a catalogue of {rows} rows is empty; ask for at least 1")
-    mark = json.dumps({"drawing": _DRAWING, "rows": rows, "seed": seed}) + "\n"
+    if num_products < 1:
+        raise BadInputError(f"a catalogue of {num_products} products is empty; ask for at least 1")
+    mark = json.dumps({"drawing": _DRAWING, "rows": num_products, "seed": seed}) + "\n"
     try:
         if (out / TABLE).exists():
             found = (out / _MARK).read_text() if (out / _MARK).exists() else "another program's table"
@@ -128,7 +130,7 @@ def make_catalogue(out: Path, rows: int = 2000, seed: int = 0, *, base_url: str 
                 _point_table_at(out, base_url)
             return out / TABLE
         (out / "images").mkdir(parents=True, exist_ok=True)
-        products = [_choose(row, seed) for row in range(rows)]
+        products = [_choose(number, seed) for number in range(num_products)]
         # Threads: Pillow releases the interpreter lock while it draws and encodes.
         with ThreadPoolExecutor(max_workers=2) as pool:
             names = list(pool.map(functools.partial(_draw_to_file, out / "images", seed), products))
@@ -201,10 +203,10 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
         return None
 
 
-def _choose(row: int, seed: int) -> Product:
-    rng = random.Random(f"product {seed} {row}")
+def _choose(number: int, seed: int) -> Product:
+    rng = random.Random(f"product {seed} {number}")
     return Product(
-        code=f"{80_000_000 + row}",
+        code=f"{80_000_000 + number}",
         category=rng.choice(list(_CATEGORIES)),
         size=rng.choice(list(_SIZES)),
         colour=rng.choice(list(_COLOURS)),
@@ -326,17 +328,19 @@ def _recorded_port(out: Path) -> int | None:
 def _point_table_at(out: Path, base_url: str) -> None:
     """Changes the URLs in the CSV to those below `base_url`."""
     table = _read_table(out / TABLE)
-    moved = [(*row[:-1], f"{base_url.rstrip('/')}/images/{row[-1].rsplit('/', 1)[-1]}") for row in table]
+    moved = [
+        (*record[:-1], f"{base_url.rstrip('/')}/images/{record[-1].rsplit('/', 1)[-1]}") for record in table
+    ]
     if moved != table:
         _write_table(out / TABLE, moved)
 
 
 def _read_table(path: Path) -> list[tuple[str, ...]]:
     with path.open(newline="", encoding="utf-8") as stream:
-        return [tuple(row) for row in csv.reader(stream)][1:]
+        return [tuple(record) for record in csv.reader(stream)][1:]
 
 
-def _write_table(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
+def _write_table(path: Path, records: Sequence[tuple[str, ...]]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *records])
     write_atomically(path, text.getvalue().encode())
