@@ -1,12 +1,12 @@
-"""Bytes from URLs and paths, many at a time, with every failure turned into a reason.
+"""Fetches bytes from URLs and paths, many at a time; every failure becomes a reason.
 
-In: URLs (http, https, file, object stores) or plain local paths. Out: one `Fetched` per input, holding the
-bytes or the reason why not; nothing here raises for a bad URL. `in_order` keeps the order of the inputs and
-the memory of what waits for its turn within bounds.
+In: URLs (http, https, file, object stores) or local paths. Out: one `Fetched` for each input, with the bytes
+or the reason why there are none; a bad URL raises nothing. `in_order` returns results in the order of the
+inputs and limits the memory of those that wait for their turn.
 
 Addresses on private, loopback and link-local networks are refused unless the user allows them: a table from
-elsewhere must not make this machine read its neighbours' services. Every redirect is checked again, and so
-is the address that the connection really has, before any of the body is kept. Called by `build`.
+somewhere else must not make this machine read internal services of its network. Each redirect is checked
+again, and so is the address to which the connection was really made, before any of the body is kept.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
-_STORES = ("s3", "gs", "gcs", "az", "abfs", "hf", "hdfs", "memory")  # through fsspec, with its own retries
-_LONGEST_WAIT = 60.0  # seconds before a retry, whatever the server asks for
-_LONGEST_BACKOFF = 20.0
+_STORES = ("s3", "gs", "gcs", "az", "abfs", "hf", "hdfs", "memory")  # read through fsspec, which retries
+_MAX_WAIT = 60.0  # seconds before a retry, even if the server asks for more
+_MAX_BACKOFF = 20.0  # seconds
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -45,8 +45,8 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 class FetchOptions:
     """Limits of a fetch. Times in seconds, sizes in bytes.
 
-    total_timeout bounds one attempt from the request to the last byte; retries come on top of the first
-    attempt.
+    total_timeout limits one attempt, from the request to the last byte. retries: attempts after the first.
+    backoff: wait before the first retry; it doubles with each further one.
     """
 
     concurrency: int = 32
@@ -63,8 +63,8 @@ class FetchOptions:
 
 @dataclass(frozen=True)
 class Fetched:
-    """data: the bytes, None if there are none. reason: why there are none. http_status: of the last answer,
-    if any.
+    """The result of a fetch. data: the bytes, None if there are none. reason: why there are none.
+    http_status: of the last response, None without one.
     """
 
     url: str
@@ -75,9 +75,7 @@ class Fetched:
 
 
 class Fetcher:
-    """A connection pool with its limits; `async with Fetcher(options) as fetcher: await
-    fetcher.fetch(url)`.
-    """
+    """A connection pool with limits. `async with Fetcher(options) as fetcher: await fetcher.fetch(url)`."""
 
     def __init__(self, options: FetchOptions) -> None:
         self.options = options
@@ -86,11 +84,11 @@ class Fetcher:
         self._client: httpx.AsyncClient | None = None
 
     def _open(self) -> httpx.AsyncClient:
-        """The client, made when the first URL comes: local files need none of it."""
+        """The client; made for the first URL, because a build of local files does not need one."""
         options = self.options
         self._client = self._client or httpx.AsyncClient(
             follow_redirects=False,
-            trust_env=False,  # a proxy would hide the addresses that are checked here
+            trust_env=False,  # behind a proxy, the addresses that are checked here would not be visible
             timeout=httpx.Timeout(
                 options.read_timeout, connect=options.connect_timeout, pool=options.total_timeout
             ),
@@ -113,7 +111,7 @@ class Fetcher:
             await self._client.aclose()
 
     async def fetch(self, url: str) -> Fetched:
-        """The bytes of one URL or path, or the reason why there are none. Raises nothing but cancellation."""
+        """The bytes of one URL or path, or the reason why there are none. Raises only CancelledError."""
         if is_local(url):
             return await asyncio.to_thread(read_local, url, self.options.max_bytes)
         try:
@@ -134,9 +132,7 @@ class Fetcher:
                 answer = await self._attempt(url)
             if answer.wait is None or attempt > self.options.retries:
                 break
-            backoff = min(self.options.backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF) * random.uniform(
-                0.5, 1.5
-            )
+            backoff = min(self.options.backoff * 2 ** (attempt - 1), _MAX_BACKOFF) * random.uniform(0.5, 1.5)
             await asyncio.sleep(max(backoff, answer.wait))
         return Fetched(url, answer.data, answer.reason, answer.status, attempt)
 
@@ -175,8 +171,8 @@ class Fetcher:
             wait = _retry_after(response.headers.get("retry-after")) if status in _RETRIED_STATUS else None
             return _Answer(reason=f"HTTP {status}", status=status, wait=wait)
         coding = response.headers.get("content-encoding", "identity").strip().lower()
-        if coding not in ("", "identity"):  # was not asked for, and may unpack to any size
-            return _Answer(reason=f"sent packed ({coding}) though that was not asked for", status=status)
+        if coding not in ("", "identity"):  # was not requested, and can decompress to any size
+            return _Answer(reason=f"sent compressed ({coding}), which was not requested", status=status)
         length = response.headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             return _Answer(reason=f"{length} bytes, more than the limit of {limit}", status=status)
@@ -200,8 +196,8 @@ class Fetcher:
             _refuse_private(str(address[0]), url.host)
 
     def _check_peer(self, response: httpx.Response) -> None:
-        """Raises _Refused if the connection's far end is not public: the name may have moved since it was
-        looked up.
+        """Raises _Refused if the server of the connection is not public: the name may resolve to another
+        address than a moment ago.
         """
         stream = response.extensions.get("network_stream")
         peer = stream.get_extra_info("server_addr") if stream is not None else None
@@ -213,19 +209,22 @@ async def in_order(
     items: Iterable[Item],
     work: Callable[[Item], Awaitable[Result]],
     window: int,
+    *,
     weigh: Callable[[Result], int] = lambda result: 0,
     most: int = 1,
     at_once: int | None = None,
 ) -> AsyncGenerator[Result, None]:
-    """Yields `await work(item)` in the order of `items`, with up to `window` items taken and not yet yielded,
-    so that one that takes long holds nobody up. at_once: of these so many at work; None: all.
+    """Yields `await work(item)` in the order of `items`, and works ahead so that a slow item does not block
+    the others.
 
-    None but the one whose turn it is begins while the results that wait weigh `most` or more. So no more than
-    that waits, and what `at_once` of them may bring on top.
+    window: at most so many items are taken and not yet yielded. at_once: at most so many of these are in work
+    at the same time; None: all. weigh: the weight of a result, for example its bytes. most: while the waiting
+    results weigh so much or more, only the item whose turn is next may start. So the waiting results weigh at
+    most `most` and what the items already in work add.
     """
     tasks: deque[asyncio.Future[Result]] = deque()
     source = iter(items)
-    held = working = turn = number = 0  # held: what the results that wait weigh
+    held = working = turn = number = 0  # held: the weight of the waiting results
     changed = asyncio.Event()
 
     def note_change() -> None:
@@ -233,9 +232,9 @@ async def in_order(
         changed.set()
         changed = asyncio.Event()
 
-    async def work_on(item: Item, place: int) -> Result:
+    async def work_on(item: Item, position: int) -> Result:
         nonlocal held, working
-        while place != turn and (held >= most or working >= (at_once or window)):
+        while position != turn and (held >= most or working >= (at_once or window)):
             await changed.wait()
         working += 1
         try:
@@ -270,8 +269,8 @@ async def in_order(
 
 @dataclass(frozen=True)
 class _Answer:
-    """Of one attempt. wait: seconds to wait at least before the next attempt; None: another one is of no
-    use.
+    """The result of one attempt. wait: seconds to wait at least before the next attempt; None: do not try
+    again.
     """
 
     data: bytes | None = None
@@ -281,19 +280,20 @@ class _Answer:
 
 
 class _Refused(Exception):
-    """The address is not one we go to; the message is the reason."""
+    """The address must not be fetched; the message is the reason."""
 
 
 def _refuse_private(address: str, host: str) -> None:
+    """Raises _Refused if `address`, an IP address of `host`, is not public."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if not all(each.is_global for each in (ip, *_inside(ip))) or ip.is_multicast:
         raise _Refused(
-            f"host {host} is at the private address {address}; --allow-private-hosts would fetch it"
+            f"host {host} is at the private address {address}; give --allow-private-hosts to fetch from it"
         )
 
 
 def _inside(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that an IPv6 address leads to: mapped, 6to4, Teredo, NAT64 (RFC 6052)."""
+    """The IPv4 addresses that an IPv6 address contains: mapped, 6to4, Teredo, NAT64 (RFC 6052)."""
     if isinstance(ip, ipaddress.IPv4Address):
         return []
     found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
@@ -303,7 +303,7 @@ def _inside(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for (a number of seconds or a date), 0 if it does not say."""
+    """The seconds that a Retry-After header (a number of seconds or a date) asks for; 0 if unreadable."""
     if not value:
         return 0.0
     try:
@@ -313,11 +313,11 @@ def _retry_after(value: str | None) -> float:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except ValueError:
             return 0.0
-    return min(max(seconds, 0.0), _LONGEST_WAIT) if seconds == seconds else 0.0
+    return min(max(seconds, 0.0), _MAX_WAIT) if seconds == seconds else 0.0
 
 
 def is_local(url: str) -> bool:
-    """A path or a file:// URL."""
+    """Whether it is a path or a file:// URL."""
     return "://" not in url or url[:7].lower() == "file://"
 
 
@@ -325,20 +325,19 @@ def read_local(url: str, max_bytes: int) -> Fetched:
     """The bytes of a path or a file:// URL, or the reason why there are none."""
     try:
         path = urllib.parse.unquote(urllib.parse.urlsplit(url).path) if "://" in url else url
-        descriptor = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # no waiting for a pipe's writer
+        # O_NONBLOCK: opening a named pipe must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as stream:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                return Fetched(url, None, "is no file")
+                return Fetched(url, None, "not a file")
             if found.st_size > max_bytes:
                 return Fetched(url, None, f"{found.st_size} bytes, more than the limit of {max_bytes}")
             return Fetched(url, stream.read())
     except (FileNotFoundError, NotADirectoryError):
         return Fetched(url, None, "no such file")
     except IsADirectoryError:
-        return Fetched(url, None, "is no file")
+        return Fetched(url, None, "not a file")
     except (OSError, ValueError) as error:
         return Fetched(url, None, f"cannot be read ({getattr(error, 'strerror', None) or error})")
 
@@ -350,7 +349,7 @@ def _read_store(url: str, max_bytes: int) -> Fetched:
             data = stream.read(max_bytes + 1)
     except FileNotFoundError:
         return Fetched(url, None, "no such object")
-    except Exception as error:  # whatever a store's client raises
+    except Exception as error:  # the client of a store may raise anything
         return Fetched(url, None, f"cannot be read ({first_line(error)})")
     if len(data) > max_bytes:
         return Fetched(url, None, f"more than the limit of {max_bytes} bytes")

@@ -1,7 +1,7 @@
-"""The ledger: one JSON line per row of the source, with its outcome, beside the shards.
+"""The ledger: one JSON line for every record of the source, with its outcome.
 
-In: `Prepared` rows while they are written; a directory afterwards. Out: lines, and what they add up to. A row
-that was tried again has a later line, which counts. Called by `window`, `build`, `index` and `inspect`.
+In: `Prepared` records while they are written; later a dataset directory. Out: lines, and sums over them. A
+record that was tried again has a further line; the last one counts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,84 +21,134 @@ from shards.prepare import Prepared
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
+@dataclass(frozen=True)
+class LedgerImage:
+    """One image of an entry; the fields are those of the file.
+
+    image: path or URL as the source has it. bytes: size of the data; None if nothing was fetched. sha256: hex
+    digest of these bytes. width, height: pixels as shown; None if it cannot be used. reencoded: the stored
+    bytes are not the fetched ones. reason: why it cannot be used.
+    """
+
+    image: str
+    http_status: int | None
+    bytes: int | None
+    sha256: str | None
+    width: int | None
+    height: int | None
+    reencoded: bool
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One line of the ledger; the fields are those of the file.
+
+    row: number of the record in the source, from 0. outcome: "ok", "failed" or "dropped". reason: None if it
+    is ok. split, shard: where the sample is; None if there is none.
+    """
+
+    row: int
+    key: str
+    outcome: str
+    reason: str | None
+    split: str | None
+    shard: str | None
+    images: tuple[LedgerImage, ...]
+
+    @classmethod
+    def from_json(cls, line: str) -> LedgerEntry:
+        """The entry of one line of a ledger file."""
+        fields: dict[str, Any] = json.loads(line)
+        fields["images"] = tuple(LedgerImage(**image) for image in fields["images"])
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """One line, with its newline."""
+        return _ENCODER.encode({**vars(self), "images": [vars(image) for image in self.images]}) + "\n"
+
+
 def ledger_part(root: Path, prefix: str, number: int) -> Path:
-    """Where the ledger of window `number` of a worker lies. prefix: that of the worker, see `window`."""
+    """The path of the ledger of partition `number` with this prefix (see `partition`)."""
     return root / LEDGER_DIR / f"part-{prefix}{number:06d}.jsonl"
 
 
-def ledger_line(item: Prepared, split: str | None, shard: str | None) -> str:
-    """What became of the row, and of each of its images."""
-    images = [
-        {
-            "image": picture.name,
-            "http_status": picture.fetched.http_status,
-            "bytes": None if picture.fetched.data is None else len(picture.fetched.data),
-            "sha256": picture.sha256,
-            "width": picture.facts.width if picture.facts else None,
-            "height": picture.facts.height if picture.facts else None,
-            "reencoded": picture.reencoded,
-            "reason": picture.reason,
-        }
-        for picture in item.pictures
-    ]
-    entry = {
-        "row": item.row.number,
-        "key": item.row.key,
-        "outcome": item.outcome,
-        "reason": item.fault,
-        "split": split,
-        "shard": shard,
-        "images": images,
-    }
-    return _ENCODER.encode(entry) + "\n"
+def ledger_entry(item: Prepared, split: str | None, shard: str | None) -> LedgerEntry:
+    """The outcome of a record and of each of its images."""
+    images = tuple(
+        LedgerImage(
+            image=image.name,
+            http_status=image.fetched.http_status,
+            bytes=None if image.fetched.data is None else len(image.fetched.data),
+            sha256=image.sha256,
+            width=image.facts.width if image.facts else None,
+            height=image.facts.height if image.facts else None,
+            reencoded=image.reencoded,
+            reason=image.reason,
+        )
+        for image in item.images
+    )
+    return LedgerEntry(
+        row=item.record.number,
+        key=item.record.key,
+        outcome=item.outcome,
+        reason=item.fault,
+        split=split,
+        shard=shard,
+        images=images,
+    )
 
 
-def read_ledger(root: Path, pattern: str = "*.jsonl") -> Iterator[dict[str, Any]]:
-    """Yields the entries in the order in which the rows were tried."""
+def read_ledger(root: Path, pattern: str = "*.jsonl") -> Iterator[LedgerEntry]:
+    """Yields the entries of the parts that fit `pattern`, in the order in which the records were tried."""
     for part in sorted((root / LEDGER_DIR).glob(pattern)):
         with part.open(encoding="utf-8") as stream:
-            yield from map(json.loads, stream)
+            yield from map(LedgerEntry.from_json, stream)
 
 
-def failed_rows(root: Path, before_round: int | None = None) -> set[int]:
-    """The numbers of the rows whose last outcome (before this round of trying again, from 1) is a failure."""
-    patterns = ("*.jsonl",) if before_round is None else rounds_before(before_round)
+def failed_records(root: Path, before_round: int | None = None) -> set[int]:
+    """The numbers of the records whose last outcome is a failure.
+
+    before_round: count only what was tried before this retry round (from 1).
+    """
+    patterns = ("*.jsonl",) if before_round is None else patterns_before_round(before_round)
     failed = set()
     for entry in chain.from_iterable(read_ledger(root, pattern) for pattern in patterns):
-        if entry["outcome"] == "failed":
-            failed.add(entry["row"])
+        if entry.outcome == "failed":
+            failed.add(entry.row)
         else:
-            failed.discard(entry["row"])
+            failed.discard(entry.row)
     return failed
 
 
-def rounds_before(number: int) -> tuple[str, ...]:
-    """The patterns of the ledgers of all that was tried before round `number` (from 1), in order."""
+def patterns_before_round(number: int) -> tuple[str, ...]:
+    """Patterns of the ledger parts of everything before retry round `number` (from 1), in order."""
     return ("part-[0-9]*.jsonl", *(f"part-r{each:02d}-*.jsonl" for each in range(1, number)))
 
 
-def reasons(root: Path) -> dict[str, int]:
-    """How many rows have a failure as their last outcome, by reason, the commonest first."""
+def failure_reasons(root: Path) -> dict[str, int]:
+    """Reason -> number of records whose last outcome is this failure; the most frequent reason first."""
     last = {}
     for entry in read_ledger(root):
-        last[entry["row"]] = entry["reason"] if entry["outcome"] == "failed" else None
+        last[entry.row] = entry.reason if entry.outcome == "failed" else None
     return dict(Counter(reason for reason in last.values() if reason is not None).most_common())
 
 
-def image_digest(hashes: list[str]) -> bytes:
-    """One digest for the images of a sample, in order. hashes: their sha256 in hex."""
+def image_digest(hashes: Sequence[str]) -> bytes:
+    """One digest for the images of a sample, in their order. hashes: the sha256 of each, in hex."""
     return hashlib.sha256(" ".join(hashes).encode()).digest()
 
 
 def seen_images(
-    root: Path, prefix: str, numbers: Iterable[int], before: Sequence[str] = ()
+    root: Path, prefix: str, numbers: Iterable[int], *, before: Sequence[str] = ()
 ) -> dict[bytes, int]:
-    """The digests of the images of all samples in these windows of a worker, with their rows' numbers.
-    before: patterns of the ledgers of earlier rounds, whose samples count as well.
+    """Image digest -> record number, of all samples in the partitions `numbers` with this prefix.
+
+    before: patterns of the ledger parts of earlier rounds, whose samples count as well.
     """
     seen = {}
     for pattern in (*before, *(ledger_part(root, prefix, number).name for number in numbers)):
         for entry in read_ledger(root, pattern):
-            if entry["outcome"] == "ok" and entry["images"]:
-                seen[image_digest([image["sha256"] for image in entry["images"]])] = entry["row"]
+            if entry.outcome == "ok" and entry.images:
+                seen[image_digest([str(image.sha256) for image in entry.images])] = entry.row
     return seen

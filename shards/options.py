@@ -1,6 +1,6 @@
-"""How to build shards: the options, their limits, and which of them shape the bytes.
+"""How to build shards: the options, their limits, and on which of them the bytes depend.
 
-In: values from the command line or a recipe. Out: `BuildOptions`, checked. Called by `build` and its parts.
+In: values from the command line or a recipe. Out: `BuildOptions`, checked.
 """
 
 from __future__ import annotations
@@ -11,27 +11,29 @@ from typing import Any
 
 from shards.common.errors import BadInputError
 from shards.images import parse_coding
-from shards.rows import Recipe
+from shards.source_records import Recipe
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """The first block shapes the bytes (and is recorded); the second only how they are got.
+    """The options of a build. The bytes of the dataset depend on the first block, which is recorded; the
+    second block only says how to get there.
 
-    images, prompt, answer, key, group_by, meta: see `rows.Recipe`; without group_by rows with equal images
-    stay together. image_root: folder or URL that image paths start from; None: that of the source.
-    val_fraction: part of the groups that becomes the val split, by hash, so it is stable when rows are added.
-    shard_samples: rows per window, so the most samples of a tar. shard_bytes: a tar is closed before it grows
-    past it. max_bytes, max_pixels: of one image. max_side: larger images are made smaller, in pixels of the
-    longer side; None: any size. reencode: "jpeg:90", "webp:80", "png": every image is made anew in this
-    format, upright; None: those that are not too large keep their bytes. duplicates: "keep", or "drop"
-    samples whose images all came before.
+    images, prompt, answer, key, group_by, meta: see `source_records.Recipe`; without group_by, records with
+    equal images stay in one split. image_root: folder or URL that image paths are relative to; None: that of
+    the source. val_fraction: fraction of the groups that becomes the val split, by hash, so that it is stable
+    when records are added. shard_samples: records of a partition, so at most so many samples in a tar.
+    shard_bytes: a tar is closed before it grows beyond this. max_bytes, max_pixels: of one image. max_side:
+    larger images are scaled down until their longer side has so many pixels; None: any size. reencode:
+    "jpeg:90", "webp:80" or "png": every image is encoded again in this format, upright; None: images that are
+    not too large keep their bytes. duplicates: "keep", or "drop" samples whose images were all seen before.
 
-    min_success: part of the rows that must succeed. decode: which images are decoded, not only walked through
-    to their end: "fetched" from a network, "all", "none". processes: that write windows at the same time;
-    None: as many as cores, where many local files are to be read. work_dir: where shards lie on their way to
-    an object store; None: in the user's cache. concurrency: fetches at a time, per_host of them at one host.
-    retries: after a failure that may pass.
+    min_success: fraction of the records that must succeed. decode: which images are decoded completely and
+    not only checked for their structure: those "fetched" from a network, "all", or "none". processes: number
+    of processes that write partitions at the same time; None: one per core if many local files are to be
+    read. work_dir: where shards are kept before they are copied to an object store; None: in the user's
+    cache. concurrency: fetches at the same time, at most per_host of them from one host. retries: of a fetch,
+    after a failure that may be temporary.
     """
 
     images: tuple[str, ...] = ()
@@ -60,15 +62,16 @@ class BuildOptions:
     retries: int = 3
 
     def recipe(self) -> Recipe:
-        return Recipe(self.images, self.prompt, self.answer, self.key, self.group_by, self.meta)
+        """The part that says how a record becomes a sample."""
+        return Recipe(**{each.name: getattr(self, each.name) for each in fields(Recipe)})
 
     def shaping(self) -> dict[str, Any]:
-        """The options that shape the bytes, as JSON has them."""
+        """The options on which the bytes depend, as JSON has them."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _HOW_ONLY}
         return dict(json.loads(json.dumps(chosen)))
 
     def check(self) -> None:
-        """Raises BadInputError at a value that makes no sense."""
+        """Raises BadInputError if a value is outside its limits."""
         check_fractions(self, "val_fraction", "min_success")
         for name in _AT_LEAST_1:
             value = getattr(self, name)
@@ -82,6 +85,11 @@ class BuildOptions:
             raise BadInputError(f"decode is {self.decode!r}; it must be fetched, all or none")
         if self.reencode is not None:
             parse_coding(self.reencode)
+
+
+def num_may_fail(num_records: int, min_success: float) -> int:
+    """How many of the records may fail where the fraction `min_success` must succeed."""
+    return int((1 - min_success) * num_records + 1e-9)
 
 
 def check_fractions(options: object, *names: str) -> None:

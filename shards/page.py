@@ -1,136 +1,136 @@
-"""A dataset on one page: pictures with their prompts and replies, histograms, duplicates, failed rows.
+"""A dataset on one HTML page: images with their prompts and replies, histograms, duplicates, failed records.
 
-In: a complete dataset directory and its `Inspection`. Out: the HTML of a page that needs nothing beside it:
-no script, pictures as data URLs. Called by the command line.
+In: a complete dataset directory and its `Inspection`. Out: the HTML of a page that is complete in itself: no
+script, images as data URLs. The layout is in templates/dataset.html.j2.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image, ImageOps
 
-from shards.format.index import read_index
+from shards.common.html import render_page
+from shards.format.index import read_index, table_records
+from shards.format.records import SampleRecord
 from shards.images import PILLOW_FORMATS, check_image
-from shards.inspect import Inspection
+from shards.inspect import FoundImage, Inspection
 
-Place = tuple[Any, str]  # a file system of fsspec and a path in it
-
+_TEMPLATES = Path(__file__).with_name("templates")
 _THUMBNAIL = 224  # pixels of the longer side
 _BARS = 24
-_MOST_TEXT = 1200  # characters of one message
-_STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 24px; color: #1d1d1f; background: #fafafa; }
-h1 { font-size: 20px; margin: 0; } h2 { font-size: 16px; margin: 28px 0 8px; } p { margin: 4px 0; }
-.warn { color: #b00020; font-weight: 600; } .dim { color: #6e6e73; }
-.row { display: flex; flex-wrap: wrap; gap: 16px; }
-figure { margin: 0; background: white; border: 1px solid #e2e2e6; border-radius: 6px; padding: 10px; }
-figcaption { font-size: 12px; color: #6e6e73; margin-bottom: 4px; }
-.sample { width: 460px; display: flex; gap: 10px; }
-.sample .text { flex: 1; min-width: 0; font-size: 13px; overflow-wrap: anywhere; }
-.sample img, .copies img { max-width: 150px; max-height: 150px; display: block; margin-bottom: 4px; }
-.copies { display: flex; gap: 8px; }
-.said { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 6px; max-height: 220px; overflow: auto; }
-.role { font-size: 11px; color: #6e6e73; }
-table { border-collapse: collapse; background: white; }
-td, th { border: 1px solid #e2e2e6; padding: 3px 10px; }
-td { text-align: right; } td:first-child, th:first-child { text-align: left; }
-"""
+_BAR_HEIGHT = 80  # pixels of the highest bar
+_MAX_TEXT = 1200  # characters of one message
+_MAX_IMAGES = 4  # of one sample, or of one group of duplicates
+_MAX_GROUPS = 12
+_MAX_LINES = 20  # of a table
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """An image as a data URL; where it cannot be read, url is empty and `error` says why."""
+
+    member: str
+    size: str
+    url: str
+    error: str
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """A sample on the page. images: the first ones. more: how many are not shown."""
+
+    record: SampleRecord
+    images: tuple[Thumbnail, ...]
+    more: int
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a histogram. y, height: pixels from the top."""
+
+    y: float
+    height: float
+    hint: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Bars of equal width from `low` to `high`."""
+
+    title: str
+    low: float
+    high: float
+    bars: tuple[Bar, ...]
 
 
 def make_page(root: str, found: Inspection, samples: int = 48) -> str:
     """The page of the dataset directory `root`, a local path or fsspec URL. samples: how many are shown,
-    spread evenly over it.
+    spread evenly over the dataset.
 
     Raises BadInputError if the index cannot be read.
     """
     index = read_index(root)
-    place = fsspec.core.url_to_fs(root)
     chosen = sorted({round(n * (index.num_rows - 1) / max(1, samples - 1)) for n in range(samples)})
-    shown = index.take(pa.array(chosen)).to_pylist()
-    images = pc.list_flatten(index["images"])
-    sizes = {name: pc.struct_field(images, name).to_pylist() for name in ("width", "height", "length")}
-    texts = {
-        role: [
-            sum(len(m["content"]) for m in row if m["role"] == role) for row in index["messages"].to_pylist()
-        ]
-        for role in ("user", "assistant")
+    reader = _ImageReader(root)
+    return render_page(
+        _TEMPLATES,
+        "dataset.html.j2",
+        root=root,
+        title=Path(root).name,
+        found=found,
+        spreads={
+            "image width, px": found.width,
+            "image height, px": found.height,
+            "image size, bytes": found.image_bytes,
+            "prompt, characters": found.prompt_chars,
+            "reply, characters": found.reply_chars,
+            "turns": found.turns,
+        },
+        histograms=_histograms(index),
+        tables=[
+            ("Failed records", "reason", _first_lines(found.failed)),
+            ("Most frequent replies", "reply", _first_lines(dict(found.frequent_replies))),
+        ],
+        duplicates=[
+            [(each.sample, reader.thumbnail(each)) for each in group[:_MAX_IMAGES]]
+            for group in found.duplicate_images[:_MAX_GROUPS]
+        ],
+        samples=[reader.shown(record) for record in table_records(index.take(pa.array(chosen)))],
+        max_text=_MAX_TEXT,
+    )
+
+
+def _first_lines(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return list(counts.items())[:_MAX_LINES]
+
+
+def _histograms(index: pa.Table) -> list[Histogram]:
+    """Of image sizes and text lengths over the whole index; none of an empty set."""
+    images = [image for images in index["images"].to_pylist() for image in images]
+    messages = index["messages"].to_pylist()
+
+    def lengths(role: str) -> list[int]:
+        return [sum(len(m["content"]) for m in turns if m["role"] == role) for turns in messages]
+
+    numbers: dict[str, Sequence[float]] = {
+        "image width, px": [image["width"] for image in images],
+        "image height, px": [image["height"] for image in images],
+        "image size, kB": [image["length"] / 1000 for image in images],
+        "prompt, characters": lengths("user"),
+        "reply, characters": lengths("assistant"),
     }
-    splits = ", ".join(f"{count:,} {split}" for split, count in found.info.splits.items())
-    copies = sum(len(group) - 1 for group in found.duplicate_images)
-    body = [
-        f"<h1>{html.escape(root)}</h1>",
-        f"<p>{found.info.num_samples:,} samples ({splits}) in {len(found.info.shards)} shards of "
-        f"{found.shard_bytes / 1e6:,.1f} MB, from {html.escape(found.info.source)}</p>",
-        f"<p class=dim>fingerprint {html.escape(found.info.fingerprint)}</p>",
-    ]
-    if found.cross_split:
-        body.append(f"<p class=warn>{found.cross_split} pictures are in more than one split</p>")
-    body += ["<h2>Numbers</h2>", _numbers(found), "<h2>Histograms</h2>", "<div class=row>"]
-    body += [
-        _histogram("image width, px", sizes["width"]),
-        _histogram("image height, px", sizes["height"]),
-        _histogram("image size, kB", [length / 1000 for length in sizes["length"]]),
-        _histogram("prompt, characters", texts["user"]),
-        _histogram("reply, characters", texts["assistant"]),
-        "</div>",
-    ]
-    body += [
-        _table("Failed rows", "reason", found.failed),
-        _table("Commonest replies", "reply", dict(found.commonest_replies)),
-    ]
-    if found.duplicate_images:
-        heading = f"Duplicate pictures: {copies} copies in {len(found.duplicate_images)} groups"
-        body.append(f"<h2>{heading}</h2><div class=row>")
-        body += [_duplicate_group(place, index, group) for group in found.duplicate_images[:12]]
-        body.append("</div>")
-    body += [
-        f"<h2>{len(shown)} samples</h2><div class=row>",
-        *(_sample(place, row) for row in shown),
-        "</div>",
-    ]
-    title = html.escape(Path(root).name)
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>\n"
-        + "\n".join(body)
-        + "\n</html>\n"
-    )
+    return [_histogram(title, values) for title, values in numbers.items() if values]
 
 
-def _numbers(found: Inspection) -> str:
-    spreads = {
-        "image width, px": found.width,
-        "image height, px": found.height,
-        "image size, bytes": found.image_bytes,
-        "prompt, characters": found.prompt_chars,
-        "reply, characters": found.reply_chars,
-        "turns": found.turns,
-    }
-    rows = "".join(
-        f"<tr><td>{name}<td>{s.smallest:,}<td>{s.median:,}<td>{s.percentile_95:,}<td>{s.largest:,}"
-        for name, s in spreads.items()
-    )
-    per_sample = ", ".join(f"{n} in {count:,}" for n, count in found.images_per_sample.items())
-    formats = ", ".join(f"{count:,} {name}" for name, count in found.formats.items()) or "none"
-    return (
-        f"<table><tr><th><th>least<th>median<th>95 %<th>most{rows}</table>"
-        f"<p>images per sample: {per_sample}; formats: {html.escape(formats)}; "
-        f"samples whose messages all came before: {found.repeated_texts:,}</p>"
-    )
-
-
-def _histogram(title: str, numbers: Sequence[float]) -> str:
-    """An inline SVG of `_BARS` bars of equal width."""
-    if not numbers:
-        return ""
+def _histogram(title: str, numbers: Sequence[float]) -> Histogram:
     low, high = min(numbers), max(numbers)
     step = (high - low) / _BARS or 1
     counts = [0] * _BARS
@@ -138,71 +138,46 @@ def _histogram(title: str, numbers: Sequence[float]) -> str:
         counts[min(_BARS - 1, int((number - low) / step))] += 1
     bars = []
     for place, count in enumerate(counts):
-        height = 80 * count / max(counts)
+        height = _BAR_HEIGHT * count / max(counts)
         hint = f"{low + place * step:,.0f} to {low + (place + 1) * step:,.0f}: {count:,}"
-        box = f'x="{10 * place}" y="{80 - height:.1f}" width="9" height="{height:.1f}"'
-        bars.append(f'<rect {box} fill="#4666b0"><title>{hint}</title></rect>')
-    return (
-        f"<figure><figcaption>{title}</figcaption>"
-        f'<svg width="240" height="98" role="img" aria-label="{title}">{"".join(bars)}'
-        f'<text x="0" y="95" font-size="11">{low:,.0f}</text>'
-        f'<text x="240" y="95" font-size="11" text-anchor="end">{high:,.0f}</text></svg></figure>'
-    )
+        bars.append(Bar(_BAR_HEIGHT - height, height, hint))
+    return Histogram(title, low, high, tuple(bars))
 
 
-def _table(title: str, header: str, counts: dict[str, int]) -> str:
-    if not counts:
-        return ""
-    rows = "".join(f"<tr><td>{_text(name)}<td>{count:,}" for name, count in list(counts.items())[:20])
-    return f"<h2>{title}</h2><table><tr><th>{header}<th>times{rows}</table>"
+class _ImageReader:
+    """Reads images out of the tars of a dataset and makes them small."""
+
+    def __init__(self, root: str) -> None:
+        self._filesystem: Any
+        self._filesystem, self._root = fsspec.core.url_to_fs(root)
+
+    def shown(self, record: SampleRecord) -> ShownSample:
+        """The sample with its first images."""
+        images = tuple(self.thumbnail(FoundImage(record, image)) for image in record.images[:_MAX_IMAGES])
+        return ShownSample(record, images, more=len(record.images) - len(images))
+
+    def thumbnail(self, found: FoundImage) -> Thumbnail:
+        """The image made small, or the error: the page must also show a damaged dataset."""
+        image = found.image
+        url = error_text = ""
+        try:
+            end = image.offset + image.length
+            data = self._filesystem.cat_file(
+                f"{self._root}/{found.sample.shard}", start=image.offset, end=end
+            )
+            url = _data_url(data)
+        except Exception as error:  # Pillow's decoders raise many kinds
+            error_text = str(error)
+        return Thumbnail(image.member, f"{image.width}x{image.height}", url, error_text)
 
 
-def _sample(place: Place, row: dict[str, Any]) -> str:
-    pictures = "".join(_thumbnail(place, row["shard"], image) for image in row["images"][:4])
-    more = len(row["images"]) - 4
-    said = "".join(
-        f"<div class=role>{html.escape(each['role'])}</div><div class=said>{_text(each['content'])}</div>"
-        for each in row["messages"]
-    )
-    sizes = ", ".join(f"{image['width']}x{image['height']}" for image in row["images"][:4])
-    label = f"{html.escape(row['key'])} &middot; {html.escape(row['split'])} &middot; {sizes}"
-    return (
-        f"<figure class=sample><div>{pictures}{f'and {more} more' if more > 0 else ''}</div>"
-        f"<div class=text><figcaption>{label}</figcaption>{said}"
-        f"<div class=dim>{_text(row['meta'])}</div></div></figure>"
-    )
-
-
-def _duplicate_group(place: Place, index: pa.Table, group: Iterable[tuple[str, str]]) -> str:
-    found = []
-    for shard, member in list(group)[:4]:
-        rows = index.filter(pc.equal(index["shard"], shard)).to_pylist()
-        row, image = next(
-            (row, image) for row in rows for image in row["images"] if image["member"] == member
-        )
-        label = f"{html.escape(row['key'])}, {html.escape(row['split'])}"
-        found.append(f"<div>{_thumbnail(place, shard, image)}<div class=role>{label}</div></div>")
-    return f"<figure class=copies>{''.join(found)}</figure>"
-
-
-def _thumbnail(place: Place, shard: str, image: dict[str, Any]) -> str:
-    """The picture as a data URL, or what is wrong with it: a page must come out of damaged data too."""
-    try:
-        filesystem, root = place
-        end = image["offset"] + image["length"]
-        data = filesystem.cat_file(f"{root}/{shard}", start=image["offset"], end=end)
-        check_image(data, decode=False)  # none but our formats reach Pillow, and no bomb
-        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as opened:
-            opened.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
-            small = ImageOps.exif_transpose(opened).convert("RGB")
-        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        encoded = io.BytesIO()
-        small.save(encoded, "JPEG", quality=80)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        return f"<p class=warn>{html.escape(image['member'])}: {html.escape(str(error))}</p>"
-    url = base64.b64encode(encoded.getvalue()).decode()
-    return f'<img alt="{html.escape(image["member"])}" src="data:image/jpeg;base64,{url}">'
-
-
-def _text(text: str) -> str:
-    return html.escape(text if len(text) <= _MOST_TEXT else text[:_MOST_TEXT] + " ...")
+def _data_url(data: bytes) -> str:
+    """A small JPEG of an encoded image, as a data URL. Raises whatever Pillow does for a damaged image."""
+    check_image(data, decode=False)  # before Pillow: only known formats, and no decompression bomb
+    with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as opened:
+        opened.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))
+        small = ImageOps.exif_transpose(opened).convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()

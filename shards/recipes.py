@@ -1,16 +1,15 @@
 """Recipes: a source and its build options in a YAML file, such as configs/shards/burberry.yaml.
 
-In: a file, or the name of one in configs/shards. Out: the source it names (or None) and `BuildOptions`, with
-what the command line gives on top. Called by the command line.
+In: a file, or the name of one in configs/shards. Out: the source that it names (or None) and `BuildOptions`;
+options given on the command line replace those of the recipe.
 
-    source: hf:NAME                 optional: the command line may name another
+    source: hf:NAME                 optional; the command line may name another one
     images: [imageurl]              any field of `BuildOptions`
     meta: {price: full_price}
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,19 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from shards.common.errors import BadInputError
+from shards.common.nearest import nearest
 from shards.common.shipped import SHIPPED, shipped
+from shards.common.text import one_line
 from shards.options import BuildOptions
 
 _FOLDER = Path("configs/shards")
 
 
 def load_recipe(recipe: str | None, given: dict[str, Any]) -> tuple[str | None, BuildOptions]:
-    """The source and the options of a recipe. recipe: None for none. given: options that win over it.
+    """The source and the options of a recipe.
 
-    Raises BadInputError: no such recipe, not YAML, an unknown key (with the nearest known one), a value of
+    recipe: file or name; None: no recipe. given: options that replace those of the recipe.
+    Raises BadInputError: no such recipe, not YAML, an unknown key (naming the nearest known one), a value of
     the wrong type.
     """
     found: dict[str, Any] = {}
@@ -37,7 +39,7 @@ def load_recipe(recipe: str | None, given: dict[str, Any]) -> tuple[str | None, 
         try:
             found = yaml.safe_load(path.read_text()) or {}
         except yaml.YAMLError as error:
-            raise BadInputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+            raise BadInputError(f"{path}: not YAML ({one_line(error)})") from error
         if not isinstance(found, dict):
             raise BadInputError(f"{path}: a {type(found).__name__}, not keys and values")
     source = found.pop("source", None)
@@ -47,8 +49,8 @@ def load_recipe(recipe: str | None, given: dict[str, Any]) -> tuple[str | None, 
     known = [field.name for field in fields(BuildOptions)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {near[0]!r}" if near else ""
+            near = nearest(str(name), known)
+            hint = f"; did you mean {near!r}" if near else ""
             raise BadInputError(f"{recipe}: unknown key {name!r}{hint}; known: source, {', '.join(known)}")
     if isinstance(options.get("meta"), dict):
         options["meta"] = tuple(options["meta"].items())

@@ -1,12 +1,11 @@
-"""A product catalogue to try everything on: drawn pictures, a CSV like a shop's, and a server for them.
+"""A small product catalogue for demos and tests: drawn images, a CSV as a web shop has it, and a server.
 
-Every picture shows one product. Its title, category and price can be read off the picture: shape = category,
-fill = colour, pattern = pattern, outline = material, extent on the canvas = size, and the price is a rule
-over these five. A model that does not look at the picture can only guess.
+Every image shows one product. Its title, category and price can be read from the image: shape = category,
+fill = colour, pattern = pattern, outline = material, extent on the canvas = size, and the price follows from
+these five. A model that ignores the image can only guess.
 
-In: a folder, a number of rows, a seed. Out: `products.csv` (product_code, title, category3_code, full_price,
-imageurl) and `images/*` (JPEG and PNG, many sizes), the same bytes for the same seed. Called by the command
-line and the demo.
+In: a folder, a number of products, a seed. Out: `products.csv` (product_code, title, category3_code,
+full_price, imageurl) and `images/*` (JPEG and PNG of many sizes). Equal seeds give equal bytes.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from shards.common.files import write_atomically
 
 TABLE = "products.csv"
 COLUMNS = ("product_code", "title", "category3_code", "full_price", "imageurl")
-# Below the ports that systems hand out by themselves, so that a rerun finds it free again.
+# Below the range from which systems assign ports, so that it is usually free again for the next run.
 DEFAULT_PORT = 8731
 
 _MARK = "COMPLETE"
-_DRAWING = 2  # raised when the drawing or the price rule changes, so that no older catalogue is taken for it
+_DRAWING = 2  # version of the drawing and of the price rule; a catalogue of another version is not reused
 
-# Hundreds of the price for (Small, Large); the noun of the title.
+# Noun of the title; hundreds of the price for (Small, Large).
 _CATEGORIES = {
     "BAGS": ("Bag", (11, 19)),
     "BOOTS": ("Boot", (7, 9)),
@@ -48,7 +47,7 @@ _CATEGORIES = {
     "SHIRTS": ("Shirt", (4, 6)),
     "WATCHES": ("Watch", (12, 16)),
 }
-_SIZES = {"Small": 0.66, "Large": 0.96}  # extent of the product as a part of the canvas's short side
+_SIZES = {"Small": 0.66, "Large": 0.96}  # extent of the product, relative to the short side of the canvas
 _COLOURS = {  # fill, cents of the price
     "Black": ((28, 28, 30), "00"),
     "Blue": ((28, 72, 206), "00"),
@@ -63,8 +62,8 @@ _MATERIALS = {  # outline, tens of the price
     "Silk": ((0, 205, 220), 5),
     "Leather": ((128, 68, 22), 9),
 }
-_TINT = 0.5  # how far the pattern is from the colour to white: seen well, and the shape stays closed
-_OUTLINE_WIDTH = 0.07  # of the product's extent
+_TINT = 0.5  # colour of the pattern, between fill (0) and white (1): visible, and the shape stays closed
+_OUTLINE_WIDTH = 0.07  # relative to the product's extent
 
 # Silhouettes as unions in the unit square: "polygon" x, y, ..., "ellipse" box, "ring" box and width.
 _SILHOUETTES: dict[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
@@ -85,7 +84,7 @@ _SILHOUETTES: dict[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
 
 @dataclass(frozen=True)
 class Product:
-    """One row of the catalogue before its picture is drawn; the attributes are keys of the tables above."""
+    """One product. category, size, colour, pattern and material are keys of the tables above."""
 
     code: str
     category: str
@@ -101,23 +100,25 @@ class Product:
 
     @property
     def price(self) -> str:
-        """Every attribute moves its own digits, so that the rule shows in few examples. 20.00 to 1998.50."""
+        """20.00 to 1998.50. Each attribute sets its own digits, so that few examples show the rule."""
         hundreds = _CATEGORIES[self.category][1][list(_SIZES).index(self.size)]
         units = 10 * _MATERIALS[self.material][1] + _PATTERNS[self.pattern]
         return f"{100 * hundreds + units}.{_COLOURS[self.colour][1]}"
 
 
-def make_catalogue(out: Path, rows: int = 2000, seed: int = 0, base_url: str | None = None) -> Path:
-    """Draws the catalogue into `out` and returns the path of its CSV; does nothing where it is there already.
+def make_catalogue(
+    out: Path, num_products: int = 2000, seed: int = 0, *, base_url: str | None = None
+) -> Path:
+    """Draws a catalogue of `num_products` products into `out`, unless it exists; returns the path of its CSV.
 
-    base_url: imageurl is written as BASE_URL/images/NAME; None: as a path beside the CSV (see
-    `serve_catalogue`). The CSV is written last, so an interrupted call is simply made again.
+    base_url: imageurl becomes BASE_URL/images/NAME; None: a path relative to the CSV (see `serve_catalogue`).
+    The CSV is written last; after an interruption, call again.
     Raises BadInputError if `out` holds something else or cannot be written.
     """
     out = Path(out)
-    if rows < 1:
-        raise BadInputError(f"a catalogue of {rows} rows is empty; ask for at least 1")
-    mark = json.dumps({"drawing": _DRAWING, "rows": rows, "seed": seed}) + "\n"
+    if num_products < 1:
+        raise BadInputError(f"a catalogue of {num_products} products is empty; ask for at least 1")
+    mark = json.dumps({"drawing": _DRAWING, "rows": num_products, "seed": seed}) + "\n"
     try:
         if (out / TABLE).exists():
             found = (out / _MARK).read_text() if (out / _MARK).exists() else "another program's table"
@@ -129,8 +130,8 @@ def make_catalogue(out: Path, rows: int = 2000, seed: int = 0, base_url: str | N
                 _point_table_at(out, base_url)
             return out / TABLE
         (out / "images").mkdir(parents=True, exist_ok=True)
-        products = [_choose(row, seed) for row in range(rows)]
-        # Threads: Pillow draws and encodes outside the interpreter lock.
+        products = [_choose(number, seed) for number in range(num_products)]
+        # Threads: Pillow releases the interpreter lock while it draws and encodes.
         with ThreadPoolExecutor(max_workers=2) as pool:
             names = list(pool.map(functools.partial(_draw_to_file, out / "images", seed), products))
         prefix = "" if base_url is None else base_url.rstrip("/") + "/"
@@ -149,12 +150,13 @@ def make_catalogue(out: Path, rows: int = 2000, seed: int = 0, base_url: str | N
 
 @contextlib.contextmanager
 def serve_catalogue(out: Path, port: int = 0) -> Iterator[str]:
-    """Serves `out` over HTTP on loopback while the context is open; gives the base URL, such as
+    """Serves `out` over HTTP on loopback while the context is open; yields the base URL, such as
     http://127.0.0.1:8731.
 
-    The CSV's imageurl column is pointed at this server. port 0: the port that the CSV names from the last
-    time, else DEFAULT_PORT, else any free one; equal URLs make an interrupted `build` of this table
-    resumable. Raises BadInputError if there is no catalogue in `out` or the port asked for is taken.
+    The imageurl column of the CSV is changed to point at this server. port: 0 means the port that the CSV
+    names from an earlier call, otherwise DEFAULT_PORT, otherwise any free one. (An interrupted `build` of the
+    table can only resume if the URLs are still the same.)
+    Raises BadInputError if there is no catalogue in `out` or if the requested port is in use.
     """
     out = Path(out)
     if not (out / TABLE).exists():
@@ -168,7 +170,7 @@ def serve_catalogue(out: Path, port: int = 0) -> Iterator[str]:
         except OSError:
             continue
     if server is None:
-        raise BadInputError(f"port {port} is taken; choose another one, or 0 for any")
+        raise BadInputError(f"port {port} is in use; choose another one, or 0 for any free one")
     base_url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -187,7 +189,9 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, keep-alive, no log; the base class maps every path to below that folder."""
+    """Serves the files of one folder, with keep-alive and without a log. The base class allows no path
+    outside the folder.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -199,10 +203,10 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
         return None
 
 
-def _choose(row: int, seed: int) -> Product:
-    rng = random.Random(f"product {seed} {row}")
+def _choose(number: int, seed: int) -> Product:
+    rng = random.Random(f"product {seed} {number}")
     return Product(
-        code=f"{80_000_000 + row}",
+        code=f"{80_000_000 + number}",
         category=rng.choice(list(_CATEGORIES)),
         size=rng.choice(list(_SIZES)),
         colour=rng.choice(list(_COLOURS)),
@@ -212,10 +216,10 @@ def _choose(row: int, seed: int) -> Product:
 
 
 def _draw_to_file(folder: Path, seed: int, product: Product) -> str:
-    """Writes the picture of `product`; returns its file name."""
-    rng = random.Random(f"picture {seed} {product.code}")
+    """Writes the image of `product`; returns its file name."""
+    rng = random.Random(f"picture {seed} {product.code}")  # part of the drawing: other text, other images
     canvas = _background(rng)
-    _place(canvas, product, rng)
+    _draw_product(canvas, product, rng)
     encoded = io.BytesIO()
     if rng.random() < 0.75:
         name = f"{product.code}.jpg"
@@ -244,10 +248,10 @@ def _background(rng: random.Random) -> Image.Image:
     return ImageOps.colorize(ramp.resize(size), tones[0], tones[1])
 
 
-def _place(canvas: Image.Image, product: Product, rng: random.Random) -> None:
-    """Draws the product onto `canvas` somewhere about the middle, wholly inside."""
+def _draw_product(canvas: Image.Image, product: Product, rng: random.Random) -> None:
+    """Draws the product near the middle of `canvas`, completely inside."""
     extent = round(_SIZES[product.size] * min(canvas.size))
-    side = 2 * extent  # drawn at twice the size and shrunk: smooth edges
+    side = 2 * extent  # drawn at twice the size and scaled down, for smooth edges
     outline = _MATERIALS[product.material][0]
     border = round(_OUTLINE_WIDTH * side) if outline else 0
     free_x, free_y = canvas.width - extent, canvas.height - extent
@@ -262,10 +266,8 @@ def _place(canvas: Image.Image, product: Product, rng: random.Random) -> None:
     canvas.paste(fill, box, inner)
 
 
-def _silhouette(category: str, side: int, inset: int, grown: int) -> Image.Image:
-    """Mask, L [side, side]: the shape in the square inset by `inset` px, thickened by `grown` px all
-    around.
-    """
+def _silhouette(category: str, side: int, inset: int, *, grown: int) -> Image.Image:
+    """A mask, L [side, side]: the shape within a margin of `inset` px, made thicker by `grown` px."""
     mask = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(mask)
     scale = side - 1 - 2 * inset
@@ -290,7 +292,7 @@ def _silhouette(category: str, side: int, inset: int, grown: int) -> Image.Image
 
 
 def _fabric(product: Product, side: int) -> Image.Image:
-    """RGB [side, side]: the colour with the pattern on it, coarse enough to survive being shrunk to 50 px."""
+    """RGB [side, side]: the colour with the pattern, coarse enough to be visible when scaled to 50 px."""
     colour = _COLOURS[product.colour][0]
     tint = tuple(round(channel + _TINT * (255 - channel)) for channel in colour)
     fabric = Image.new("RGB", (side, side), colour)
@@ -316,6 +318,7 @@ def _fabric(product: Product, side: int) -> Image.Image:
 
 
 def _recorded_port(out: Path) -> int | None:
+    """The port of the loopback URLs in the CSV; None if they are other URLs or paths."""
     first = _read_table(out / TABLE)[0][-1]
     host, _, rest = first.removeprefix("http://").partition(":")
     port = rest.partition("/")[0]
@@ -323,18 +326,21 @@ def _recorded_port(out: Path) -> int | None:
 
 
 def _point_table_at(out: Path, base_url: str) -> None:
+    """Changes the URLs in the CSV to those below `base_url`."""
     table = _read_table(out / TABLE)
-    moved = [(*row[:-1], f"{base_url.rstrip('/')}/images/{row[-1].rsplit('/', 1)[-1]}") for row in table]
+    moved = [
+        (*record[:-1], f"{base_url.rstrip('/')}/images/{record[-1].rsplit('/', 1)[-1]}") for record in table
+    ]
     if moved != table:
         _write_table(out / TABLE, moved)
 
 
 def _read_table(path: Path) -> list[tuple[str, ...]]:
     with path.open(newline="", encoding="utf-8") as stream:
-        return [tuple(row) for row in csv.reader(stream)][1:]
+        return [tuple(record) for record in csv.reader(stream)][1:]
 
 
-def _write_table(path: Path, rows: Sequence[tuple[str, ...]]) -> None:
+def _write_table(path: Path, records: Sequence[tuple[str, ...]]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *records])
     write_atomically(path, text.getvalue().encode())

@@ -1,9 +1,10 @@
-"""Where a dataset is built: a local directory, or an object store with a local directory to work in.
+"""Where a dataset is built: a local directory, or an object store with a local work directory.
 
-In an object store every finished window is sent (tars, then ledger, then index) and its tars are deleted
-locally; a worker on any machine goes on behind the last window that the store has. dataset.json goes last.
+Every finished partition is uploaded to the object store (tars, then ledger, then index), and its tars are
+then deleted locally. So a worker on any machine can resume after the last partition in the store.
+dataset.json is uploaded last.
 
-In: `out` as the user gave it. Out: `Place`. Called by `build` and its parts.
+In: `out` as the user gave it. Out: `Storage`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,22 @@ from shards.common.text import first_line
 from shards.format.dataset import BUILD_JSON, DATASET_JSON, INDEX_DIR, LEDGER_DIR, files_in
 
 LOCK_SUFFIX = ".lock"
-TASKS = ".tasks"  # how many tasks are building here; gone when the dataset is complete
+TASKS = ".tasks"  # file with the number of tasks that build here; deleted when the dataset is complete
 
 
 @dataclass(frozen=True)
-class Place:
-    """root: the local directory. filesystem, base: the store and the path in it; None and "" without one."""
+class StoredFile:
+    """size: bytes. version: changes when the content does (ETag or modification time)."""
+
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """root: the local directory. filesystem, base: the object store (fsspec) and the path in it; None and ""
+    for a local directory. All methods raise BadInputError if the store fails.
+    """
 
     out: str
     root: Path
@@ -36,23 +47,23 @@ class Place:
     base: str = ""
 
     def pull(self) -> None:
-        """Makes the local directory what the store has, without the tars: they are not needed to go on."""
+        """Makes the local directory a copy of the store, without its tars, which resuming does not need."""
         if self.filesystem is None:
             return
         with self._store_errors():
             self.filesystem.invalidate_cache()
-            there = {BUILD_JSON, DATASET_JSON, TASKS, *self._names(INDEX_DIR), *self._names(LEDGER_DIR)}
-            there = {name for name in there if "/" in name or self.filesystem.exists(f"{self.base}/{name}")}
+            names = [name for name in (BUILD_JSON, DATASET_JSON, TASKS) if self._exists(name)]
+            names += [*self._names(INDEX_DIR), *self._names(LEDGER_DIR)]
             for folder in (self.root, self.root / INDEX_DIR, self.root / LEDGER_DIR):
                 folder.mkdir(parents=True, exist_ok=True)
             for path in [path for path in self.root.rglob("*") if path.is_file()]:
                 if path.suffix != LOCK_SUFFIX:
                     path.unlink()
-            for name in sorted(there):
+            for name in sorted(names):
                 self.filesystem.get_file(f"{self.base}/{name}", str(self.root / name))
 
     def read(self, name: str) -> str | None:
-        """The text of a file as the store has it, None if it is not there."""
+        """The text of a file in the store; None if there is no such file."""
         if self.filesystem is None:
             path = self.root / name
             return path.read_text() if path.is_file() else None
@@ -62,8 +73,8 @@ class Place:
             except FileNotFoundError:
                 return None
 
-    def send(self, names: Iterable[str]) -> None:
-        """Copies files to the store, in this order; tars are deleted here once they are there."""
+    def upload(self, names: Iterable[str]) -> None:
+        """Copies files to the store, in this order. Tars are deleted locally after their upload."""
         if self.filesystem is None:
             return
         with self._store_errors():
@@ -73,29 +84,33 @@ class Place:
                     (self.root / name).unlink()
 
     def remove(self, name: str) -> None:
-        """Deletes a file, in the store first."""
+        """Deletes a file in the store, then locally."""
         if self.filesystem is not None:
             with self._store_errors(), contextlib.suppress(FileNotFoundError):
                 self.filesystem.rm_file(f"{self.base}/{name}")
         (self.root / name).unlink(missing_ok=True)
 
-    def files(self) -> dict[str, tuple[int, str]]:
-        """The files right in it: name -> (bytes, a stamp that changes when the content does)."""
+    def files(self) -> dict[str, StoredFile]:
+        """The files in it by name, without those in its folders."""
         if self.filesystem is None:
-            found = [path for path in self.root.iterdir() if path.is_file()]
-            return {path.name: (path.stat().st_size, str(path.stat().st_mtime_ns)) for path in found}
+            paths = [path for path in self.root.iterdir() if path.is_file()]
+            facts = [(path.name, path.stat()) for path in paths]
+            return {name: StoredFile(stat.st_size, str(stat.st_mtime_ns)) for name, stat in facts}
         with self._store_errors():
             self.filesystem.invalidate_cache()
             try:
                 entries = self.filesystem.ls(self.base, detail=True)
             except FileNotFoundError:
                 return {}
-            entries = [entry for entry in entries if entry["type"] == "file"]
-            return {entry["name"].rsplit("/", 1)[1]: (entry["size"], _stamp(entry)) for entry in entries}
+            return {
+                entry["name"].rsplit("/", 1)[1]: StoredFile(entry["size"], _version(entry))
+                for entry in entries
+                if entry["type"] == "file"
+            }
 
     @contextlib.contextmanager
-    def copy_of(self, name: str) -> Iterator[Path]:
-        """The file here; what is copied from a store for it is deleted again."""
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A local path of the file. A copy from a store is deleted at the end of the context."""
         path = self.root / name
         if self.filesystem is None:
             yield path
@@ -107,6 +122,9 @@ class Place:
         finally:
             path.unlink(missing_ok=True)
 
+    def _exists(self, name: str) -> bool:
+        return bool(self.filesystem.exists(f"{self.base}/{name}"))
+
     def _names(self, folder: str) -> list[str]:
         found = files_in(self.filesystem, f"{self.base}/{folder}", "")
         return [f"{folder}/{path.rsplit('/', 1)[1]}" for path in found]
@@ -115,53 +133,58 @@ class Place:
     def _store_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a store's client raises
+        except Exception as error:  # each client of a store has its own exceptions
             raise BadInputError(
-                f"{self.out}: the store does not answer as it should ({first_line(error)}); check its "
-                "address and your rights, then run again"
+                f"{self.out}: the object store failed ({first_line(error)}); check its address and your "
+                "permissions, then run again"
             ) from error
 
 
-def _stamp(entry: dict[str, Any]) -> str:
-    """Whatever a store says that changes with the content; "" where it says nothing."""
+def _version(entry: dict[str, Any]) -> str:
+    """What this store reports that changes with the content; "" if it reports nothing."""
     known = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
     return next((str(entry[name]) for name in known if entry.get(name)), "")
 
 
 @contextlib.contextmanager
-def writing(out: str) -> Iterator[None]:
-    """Turns what a full or forbidden disk raises into a BadInputError, and what cannot be read elsewhere."""
+def disk_errors(out: str) -> Iterator[None]:
+    """Turns an OSError into a BadInputError that tells a failed write in `out` (a full disk, no permission)
+    from a failed read elsewhere.
+    """
     try:
         yield
     except OSError as error:
-        place = f" at {error.filename}" if error.filename else ""
-        if error.filename and not _concerns(out, Path(error.filename)):
+        if error.filename and not _related(out, Path(error.filename)):
             raise BadInputError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+        where = f" at {error.filename}" if error.filename else ""
         raise BadInputError(
-            f"{out}: cannot write ({error.strerror or error}{place}); make room or choose another --out"
+            f"{out}: cannot write ({error.strerror or error}{where}); free some space or choose another --out"
         ) from error
 
 
-def _concerns(out: str, file: Path) -> bool:
-    """Whether `file` lies in `out`, or `out` in it; of a store nobody knows."""
-    place, file = Path(out).absolute(), file.absolute()
-    return "://" in out or place == file or place in file.parents or file in place.parents
+def _related(out: str, file: Path) -> bool:
+    """Whether `file` is in `out`, or `out` in it. Always true for a store, where it cannot be known."""
+    directory, file = Path(out).absolute(), file.absolute()
+    return (
+        "://" in out or directory == file or directory in file.parents or file in directory.parents
+    )  # fmt: skip
 
 
-def open_place(out: str, work_dir: str | None = None, worker: str = "") -> Place:
-    """The place of `out`. work_dir: local directory for what is under way to a store; None: one in the user's
-    cache. worker: a name of its own for each of several workers on one machine.
+def open_storage(out: str, work_dir: str | None = None, worker: str = "") -> Storage:
+    """The storage of `out`, a path or fsspec URL.
 
-    Raises BadInputError if there is no driver for the URL.
+    work_dir: local directory for files on their way to a store; None: one in the user's cache. worker: a
+    different name for each of several workers on one machine.
+    Raises BadInputError if there is no fsspec driver for the URL.
     """
     if out[:7].lower() == "file://":
-        return Place(out, Path(urllib.parse.unquote(urllib.parse.urlsplit(out).path)))
+        return Storage(out, Path(urllib.parse.unquote(urllib.parse.urlsplit(out).path)))
     if "://" not in out:
-        return Place(out, Path(out))
+        return Storage(out, Path(out))
     try:
         filesystem, base = fsspec.core.url_to_fs(out)
     except (ImportError, ValueError) as error:
         raise BadInputError(f"{out}: {error}") from error
     name = hashlib.sha256(f"{out} {worker}".encode()).hexdigest()[:16]
     folder = Path.home() / ".cache/phi3v/shards" if work_dir is None else Path(work_dir)
-    return Place(out, folder / name, filesystem, str(base).rstrip("/"))
+    return Storage(out, folder / name, filesystem, str(base).rstrip("/"))

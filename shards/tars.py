@@ -1,11 +1,10 @@
-"""WebDataset tars, written so that equal samples give equal bytes, and scanned for where everything lies.
+"""WebDataset tars: written so that equal samples give equal bytes, and scanned for the positions of members.
 
-Written with the standard library's tarfile in its ustar form. webdataset's own TarWriter is not used: it
-sorts the members of a sample by name (the picture before the JSON, `10.jpg` before `2.jpg`) and importing it
-imports torch. That webdataset reads these tars is tested.
+The format is ustar. TarWriter of webdataset is not used: it sorts the members of a sample by name (the image
+before the JSON, `10.jpg` before `2.jpg`), and importing it imports torch. A test holds that webdataset reads
+these tars.
 
-In: samples (key, members). Out: a tar, its sha256, and the byte ranges of samples and members. Called by
-`build`, `index` and `verify`.
+In: samples (key, members). Out: a tar, its sha256, and the byte ranges of samples and members.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from typing import IO
 from shards.common.errors import BadInputError
 
 _BLOCK = 512
-_AHEAD = 8  # pieces
-_PIECE = 2**20  # bytes, at least, except the last
-# webdataset's rule: the key ends at the base name's first dot.
+_MAX_PENDING = 8  # pieces that wait to be written
+_PIECE = 2**20  # minimum size of a piece in bytes, except the last
+# The rule of webdataset: the key ends at the first dot of the base name.
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file in a tar. name: as in the tar. suffix: what follows the key and its dot. offset, length: of
-    the data.
+    """One file in a tar. name: as in the tar. suffix: what follows the key and the dot. offset, length: of
+    the data, in bytes.
     """
 
     name: str
@@ -45,8 +44,8 @@ class Member:
 
 @dataclass(frozen=True)
 class TarSample:
-    """The adjacent members that share a key. offset, length: first header to the end of the last one's
-    padding.
+    """The adjacent members that share a key. offset, length: in bytes, from the first header to the end of
+    the last member's padding.
     """
 
     key: str
@@ -56,7 +55,7 @@ class TarSample:
 
 
 class TarShard:
-    """A tar being written to `path`; `add` samples, then `close`. Until then the file is not a tar."""
+    """Writes a tar to `path`: `add` samples, then `close`. Before `close`, the file is not a complete tar."""
 
     def __init__(self, path: Path) -> None:
         self.samples = 0
@@ -68,28 +67,31 @@ class TarShard:
         return self._file.tell()
 
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> TarSample:
-        """Writes KEY.SUFFIX for each (suffix, data); returns where they are."""
-        start = place = self._file.tell()
+        """Writes the member KEY.SUFFIX for each (suffix, data); returns where they are.
+
+        Raises ValueError if a member's name has more than 100 bytes.
+        """
+        start = position = self._file.tell()
         written = []
         pieces = []
         for suffix, data in members:
             name = f"{key}.{suffix}"
             padding = bytes(-len(data) % _BLOCK)
             pieces += [_header(name, len(data)), data, padding]
-            written.append(Member(name, suffix, place + _BLOCK, len(data)))
-            place += _BLOCK + len(data) + len(padding)
+            written.append(Member(name, suffix, position + _BLOCK, len(data)))
+            position += _BLOCK + len(data) + len(padding)
         self._file.write(pieces)
         self.samples += 1
-        return TarSample(key, start, place - start, tuple(written))
+        return TarSample(key, start, position - start, tuple(written))
 
     def close(self) -> str:
-        """Ends the tar, brings it to the disk, returns its sha256 in hex."""
+        """Ends the tar and flushes it to the disk (fsync); returns its sha256 in hex."""
         end = self._file.tell() + 2 * _BLOCK
         self._file.write([bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE)])
         return self._file.close()
 
     def abandon(self) -> None:
-        """Closes the file as it is; the caller deletes it."""
+        """Closes the incomplete file; the caller deletes it."""
         self._file.abandon()
 
 
@@ -100,9 +102,11 @@ _BLANK_SUM = sum(_BLANK)
 
 
 def _header(name: str, size: int) -> bytes:
-    """The ustar header of a file: mode 644; mtime, uid, gid 0 and no names, so nothing of here and now.
+    """The ustar header of a file: mode 644; mtime, uid and gid 0 and no user names, so that the bytes depend
+    only on name and size.
 
-    The bytes that tarfile makes, at a twentieth of its cost. Raises ValueError for a name of over 100 bytes.
+    These are the bytes that tarfile writes, at a twentieth of the cost. Raises ValueError for a name of more
+    than 100 bytes.
     """
     encoded = name.encode()
     if len(encoded) > 100:
@@ -115,17 +119,17 @@ def _header(name: str, size: int) -> bytes:
 
 
 def scan(stream: IO[bytes], name: str) -> Iterator[TarSample]:
-    """Yields the samples of an uncompressed tar in order. name: for messages.
+    """Yields the samples of an uncompressed tar in order. name: of the tar, for messages.
 
-    Raises BadInputError at damage, and at two members of one sample with one name (webdataset would refuse
-    it).
+    Raises BadInputError if the tar is damaged, and if two members of a sample have the same suffix
+    (webdataset refuses this too).
     """
     open_key: str | None = None
     found: list[tuple[Member, int, int]] = []
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or it keeps every header it has seen
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
                 match = _KEY.match(info.name)
                 if not info.isreg() or match is None or os.path.basename(info.name).startswith("."):
                     continue
@@ -141,20 +145,20 @@ def scan(stream: IO[bytes], name: str) -> Iterator[TarSample]:
             if open_key is not None:
                 yield _sample(open_key, found)
             stream.seek(tar.offset)
-            if stream.read(_BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end of the tar
-                raise BadInputError(f"{name}: damaged or cut header at byte {tar.offset}")
+            if stream.read(_BLOCK).strip(b"\0"):  # for tarfile, a damaged header is the end of the tar
+                raise BadInputError(f"{name}: damaged or truncated header at byte {tar.offset}")
     except (tarfile.TarError, EOFError) as error:
-        raise BadInputError(f"{name}: not a whole, uncompressed tar ({error})") from error
+        raise BadInputError(f"{name}: not a complete, uncompressed tar ({error})") from error
 
 
 def read_member(stream: IO[bytes], member: Member) -> bytes:
-    """The data of a member; `scan` may be under way on the same stream."""
+    """The data of a member. Allowed while `scan` is reading the same stream."""
     stream.seek(member.offset)
     return stream.read(member.length)
 
 
 def sha256_of(stream: IO[bytes]) -> str:
-    """Of the rest of a stream, in hex."""
+    """The sha256, in hex, of the rest of a stream."""
     digest = hashlib.sha256()
     while block := stream.read(2**20):
         digest.update(block)
@@ -167,10 +171,10 @@ def _sample(key: str, found: list[tuple[Member, int, int]]) -> TarSample:
 
 
 class _HashedFile:
-    """A file being written, its size so far, and the sha256 of all that was written.
+    """A file that is being written, its size so far, and the sha256 of its content.
 
-    A thread writes and hashes pieces of a megabyte, up to `_AHEAD` of them behind, so that both go on while
-    the next images are fetched. What it raises comes out of a later `write` or of `close`.
+    A thread writes and hashes pieces of a megabyte while the next images are fetched; at most `_MAX_PENDING`
+    pieces wait for it. An error in the thread is raised by a later `write` or by `close`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -201,13 +205,13 @@ class _HashedFile:
         return self._sha256.hexdigest()
 
     def abandon(self) -> None:
-        """Closes the file, whatever of it is written."""
+        """Closes the file without waiting for the pieces that are not written yet."""
         self._thread.shutdown(cancel_futures=True)
         with contextlib.suppress(OSError):
             self._file.close()
 
     def _flush(self) -> None:
-        if len(self._pending) >= _AHEAD:
+        if len(self._pending) >= _MAX_PENDING:
             self._pending.popleft().result()
         self._pending.append(self._thread.submit(self._write, self._waiting))
         self._waiting, self._flushed = [], self._size
@@ -217,7 +221,7 @@ class _HashedFile:
         rest = memoryview(data)
         while rest:
             rest = rest[self._file.write(rest) :]
-        if hasattr(os, "posix_fadvise"):  # Linux begins to bring it to the disk now: no long wait at the end
-            place = self._file.tell() - len(data)
-            os.posix_fadvise(self._file.fileno(), place, len(data), os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):  # Linux starts to write it to the disk now, not at fsync
+            position = self._file.tell() - len(data)
+            os.posix_fadvise(self._file.fileno(), position, len(data), os.POSIX_FADV_DONTNEED)
         self._sha256.update(data)

@@ -228,14 +228,14 @@ def _build(
     with serving, _progress("rows") as progress:
         if task is not None:
             number, tasks = _parse_task(task)
-            windows = build_task(source, out, number, tasks, options, progress)
+            windows = build_task(source, out, options, task=number, tasks=tasks, progress=progress)
             written = sum(window.samples.total() for window in windows)
             typer.echo(
                 f"{out}: task {task} is done, {written} samples; "
                 f"`phi3v shards verify {out}` closes the dataset"
             )
             return
-        info = (build_retry if retry_failed else build_all)(source, out, options, progress)
+        info = (build_retry if retry_failed else build_all)(source, out, options, progress=progress)
     typer.echo(f"{out}: {info.num_samples} samples in {_shards(info)}, {_splits(info.splits)}")
 
 
@@ -280,7 +280,7 @@ def index(
         min_success=min_success,
     )
     with _progress("bytes") as progress:
-        info = build_index(directory, options, progress, work_dir)
+        info = build_index(directory, options, progress=progress, work_dir=work_dir)
     typer.echo(f"{directory}: {info.num_samples} samples in {_shards(info)}, {_splits(info.splits)}")
 
 
@@ -353,7 +353,7 @@ def inspect(
     if found.cross_split:
         typer.echo(f"WARNING: {found.cross_split} of these groups are in more than one split")
     typer.echo(f"samples whose messages all came before: {found.repeated_texts}")
-    for reply, count in found.commonest_replies:
+    for reply, count in found.frequent_replies:
         typer.echo(f"  reply {count} times: {reply[:80]!r}")
     for reason, count in found.failed.items():
         typer.echo(f"  failed {count} times: {reason}")

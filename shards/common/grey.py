@@ -1,7 +1,7 @@
-"""Grey pictures of more than 8 bits, as training sees them. Pillow and numpy.
+"""Greyscale images of more than 8 bits, reduced to 8 bits. Pillow and numpy.
 
-Apart from the format this is all that the training side takes from here: a picture that a build makes anew
-must show what it would have shown as it was. Called by `images` and by the processor.
+Builds and training share this rule: an image that a build has encoded again must look to the model exactly as
+the original would have.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from PIL import Image
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether it has one channel of more than 8 bits."""
+    """Whether the image has one channel of more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of which `is_deep` holds, as mode L: 16 bits scaled down, anything else clipped.
+    """An image for which `is_deep` holds, as mode L: 16-bit values are scaled down, others are clipped.
 
-    A plain convert() would clip 16 bits to white. Mode I holds 16-bit data too, from some formats.
+    Pillow's convert() would clip 16-bit values to white. For some formats, mode I holds 16-bit data too.
     """
     values = np.asarray(image, dtype=np.float64)
     if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):

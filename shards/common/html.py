@@ -12,8 +12,8 @@ from pathlib import Path
 def render_page(folder: Path, template: str, **values: object) -> str:
     """The template `folder`/`template` filled in with `values`.
 
-    Every value is escaped (`&`, `<`, `>`, quotes) unless it is a `markupsafe.Markup`. A name that the template
-    uses and `values` lacks raises jinja2.UndefinedError, so that no page is silently incomplete.
+    Every value is escaped (`&`, `<`, `>`, quotes) unless it is a `markupsafe.Markup`. A name that the
+    template uses and `values` lacks raises jinja2.UndefinedError, so that no page is silently incomplete.
     """
     import jinja2  # here: it takes about 50 ms, and most imports of `shards` make no page
 

@@ -1,7 +1,7 @@
-"""Locks between processes, on one node or on storage that several nodes share. The system lets go of a lock
-when its holder dies.
+"""Locks between processes, on one node or on storage that several nodes share. The operating system releases
+a lock when its holder dies.
 
-`take_lock` locks a file of its own; `alone_in` a whole directory, which readers may share.
+`take_lock` and `locked` lock a file. `alone_in` locks a directory, which several processes may share.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import filelock
 from shards.common.errors import BadInputError
 
 LockTimeoutError = filelock.Timeout
-_PATIENCE = 2.0  # seconds
+_WAIT_S = 2.0  # of `alone_in` and `alone_with`: the processes of a killed build need a moment to end
 _log = logging.getLogger(__name__)
 
 
 def take_lock(file: Path, *, timeout_s: float = -1) -> filelock.BaseFileLock | None:
-    """Locks `file`, which is made if need be and stays; release it with `.release()` or use it as a context.
+    """Locks `file`, which is created if needed and is not deleted. Release the lock with `.release()`, or use
+    it as a context manager.
 
-    timeout_s: seconds to wait for its holder, 0 for one attempt, negative for ever. Out: the lock; None, with
-    a warning, on a file system that has no locks. Raises LockTimeoutError.
+    timeout_s: seconds to wait for another holder; 0: try once; negative: wait without limit. Returns None,
+    with a warning, on a file system without locks. Raises LockTimeoutError.
     """
     # No soft lock: it would outlive a holder that is killed.
     lock = filelock.FileLock(
@@ -53,7 +54,7 @@ def take_lock(file: Path, *, timeout_s: float = -1) -> filelock.BaseFileLock | N
 
 @contextlib.contextmanager
 def locked(file: Path, *, timeout_s: float = -1) -> Iterator[None]:
-    """The context holds the lock of `take_lock`. Raises LockTimeoutError."""
+    """Holds the lock of `take_lock` while the context is open. Raises LockTimeoutError."""
     lock = take_lock(file, timeout_s=timeout_s)
     try:
         yield
@@ -63,27 +64,43 @@ def locked(file: Path, *, timeout_s: float = -1) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone_in(root: Path, lock: str | None = None, shared: bool = False) -> Iterator[None]:
-    """No other process is in this context for the directory `root` while it is open. lock: name of a file in
-    it, made and deleted here, where several share the directory and each has its own part.
+def alone_with(file: Path) -> Iterator[None]:
+    """Holds the lock of `file` while the context is open, and deletes the file at its end.
 
-    shared: any number may be here that are `shared`. Raises BadInputError if another one still is here after
-    some seconds: the processes of a killed build need a moment to end. Some network file systems lock no
-    directories: there, two at once are the user's to avoid.
+    Raises BadInputError if another process still holds it after some seconds.
     """
-    path = root if lock is None else root / lock
-    descriptor = os.open(path, os.O_RDONLY if lock is None else os.O_RDWR | os.O_CREAT)
-    try:
-        _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(file, timeout_s=_WAIT_S))
+        except LockTimeoutError as error:
+            raise _busy(file) from error
         yield
-        if lock is not None:
-            path.unlink(missing_ok=True)
+        # Before the release. A process that waits for the deleted file notices that (filelock compares the
+        # inodes) and creates a new one.
+        file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(root: Path, *, shared: bool = False) -> Iterator[None]:
+    """Locks the directory `root` while the context is open: alone, or together with all that are `shared`.
+
+    Raises BadInputError if another process is in the way for some seconds.
+
+    This is flock(2) on the directory itself. filelock (4.2) offers two shared locks, and neither fits: one
+    keeps an SQLite file in the directory, the other is a file with a heartbeat, which a killed process leaves
+    behind. Where a network file system cannot lock directories, this does nothing, and users must not start
+    two builds at once.
+    """
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, root)
+        yield
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, kind: int, path: Path) -> None:
-    until = time.monotonic() + _PATIENCE
+def _flock(descriptor: int, kind: int, path: Path) -> None:
+    until = time.monotonic() + _WAIT_S
     while True:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -92,7 +109,9 @@ def _lock(descriptor: int, kind: int, path: Path) -> None:
             if error.errno != errno.EWOULDBLOCK:
                 return
             if time.monotonic() >= until:
-                raise BadInputError(
-                    f"{path}: another process is writing here; wait for it or end it"
-                ) from error
+                raise _busy(path) from error
         time.sleep(0.05)
+
+
+def _busy(path: Path) -> BadInputError:
+    return BadInputError(f"{path}: another process is writing here; wait for it or end it")

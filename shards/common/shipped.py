@@ -1,7 +1,6 @@
-"""Where the recipes lie: configs/ of the checkout, or its copy in an installed wheel.
+"""Where the recipes are: configs/ of the checkout, or its copy in an installed wheel.
 
-In: a path as users write it, `configs/tiny.yaml`. Out: the file that is meant. Called where configs and
-recipes are read.
+In: a path as users write it, `configs/tiny.yaml`. Out: the file that it names.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ SHIPPED = Path(sysconfig.get_path("data")) / "share" / "phi3v-dist"
 
 
 def shipped(path: Path) -> Path:
-    """`path` where it exists, else its copy in the wheel if there is one, else `path`."""
+    """`path` if it exists or has no copy in the wheel, otherwise that copy."""
     if path.exists() or path.is_absolute():
         return path
     copy = SHIPPED / path

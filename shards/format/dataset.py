@@ -1,12 +1,11 @@
-"""The shard format, version 1: what a dataset directory holds and how it is read.
+"""A dataset directory: its files, and `dataset.json`.
 
 A dataset directory (local path or fsspec URL) holds `shard-000000.tar ...`, `index/*.parquet` and
 `dataset.json`. The tars are plain WebDataset: the members of a sample are adjacent, `KEY.json` first, then
-`KEY.jpg` (one image) or `KEY.0.jpg`, `KEY.1.png`, ... (several). The index repeats everything but the
-pixels, one row a sample. `dataset.json` is written last: where it exists, the dataset is complete.
+`KEY.jpg` (one image) or `KEY.0.jpg`, `KEY.1.png`, ... (several). The index repeats everything but the pixels,
+one record for each sample. `dataset.json` is written last: if it exists, the dataset is complete.
 
-In: a directory. Out: `DatasetInfo`, the index as a pyarrow Table, checked messages. Called by every other
-file of this package, and by the training side, which takes nothing else from `shards`.
+In: a directory. Out: `DatasetInfo`.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from shards.common.errors import BadInputError
 FORMAT_VERSION = 1
 DATASET_JSON = "dataset.json"
 INDEX_DIR = "index"
-LEDGER_DIR = "ledger"  # what became of every row of the source; for people, never read in training
-BUILD_JSON = "build.json"  # what a build that is under way was asked to make
+LEDGER_DIR = "ledger"  # the outcome of every record of the source; for people, never read in training
+BUILD_JSON = "build.json"  # source and options of the build that writes here
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class ShardInfo:
 class DatasetInfo:
     """The content of `dataset.json`.
 
-    num_samples: over all splits. splits: samples of each split. source: where the rows came from.
-    built_with: the options that shaped the bytes. fingerprint: hex digest of source and options; equal
-    fingerprints, equal datasets.
+    num_samples: over all splits. splits: number of samples of each split. source: where the records came
+    from. built_with: the options on which the bytes depend. fingerprint: hex digest of source and options;
+    datasets with equal fingerprints are equal.
     """
 
     format_version: int
@@ -66,8 +65,8 @@ def dataset_info_json(info: DatasetInfo) -> bytes:
 def read_dataset_info(root: str) -> DatasetInfo:
     """Reads ROOT/dataset.json.
 
-    Raises BadInputError if ROOT is no directory, is incomplete (no dataset.json), is damaged, or has another
-    version.
+    Raises BadInputError if there is no such directory, if it is incomplete (no dataset.json), damaged, or of
+    another format version.
     """
     fs, path = fsspec.core.url_to_fs(str(root))
     name = f"{path.rstrip('/')}/{DATASET_JSON}"
@@ -94,19 +93,19 @@ def read_dataset_info(root: str) -> DatasetInfo:
         info = _INFO.validate_json(data, strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "the whole"
+        where = ".".join(map(str, fault["loc"])) or "top level"
         raise BadInputError(
-            f"{name}: not a dataset.json of this format ({place}: {fault['msg']}); rebuild the shards"
+            f"{name}: not a dataset.json of this format ({where}: {fault['msg']}); rebuild the shards"
         ) from error
     for shard in info.shards:
         if "/" in shard.name or shard.name.startswith("."):
-            raise BadInputError(f"{name}: {shard.name!r} is no name of a shard; rebuild the shards")
+            raise BadInputError(f"{name}: {shard.name!r} is not the name of a shard; rebuild the shards")
     return info
 
 
 def files_in(filesystem: Any, folder: str, suffix: str) -> list[str]:
-    """The paths right in a folder of an fsspec file system that end so, sorted; none if there is no such
-    folder. (A glob would take brackets in the folder's name for a pattern.)
+    """The paths directly in a folder of an fsspec file system that end in `suffix`, sorted; empty if there is
+    no such folder. (A glob would read brackets in the folder's name as a pattern.)
     """
     try:
         found = filesystem.ls(folder, detail=False)

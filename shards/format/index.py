@@ -1,4 +1,4 @@
-"""The index of a dataset: its schema, and reading it whole.
+"""The index of a dataset: its schema, reading it, and records to table and back.
 
 In: a dataset directory. Out: a pyarrow Table in canonical order.
 """
@@ -6,6 +6,7 @@ In: a dataset directory. Out: a pyarrow Table in canonical order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import fsspec
 import pyarrow as pa
@@ -15,10 +16,11 @@ import pyarrow.parquet as pq
 from shards.common.errors import BadInputError
 from shards.common.text import first_line
 from shards.format.dataset import DATASET_JSON, INDEX_DIR, files_in, read_dataset_info
+from shards.format.records import ImageRef, Message, SampleRecord
 
-# offset and length of a row: bytes of the sample's members in the tar, from the first header to the end of
-# the last member's padding. offset and length of an image: its data alone, absolute in the tar. width and
-# height: as shown.
+# offset and length of a sample: bytes of its members in the tar, from the first header to the end of the last
+# member's padding. offset and length of an image: bytes of its data alone, from the start of the tar. width
+# and height: pixels as shown, EXIF orientation applied. meta: JSON text.
 INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -49,9 +51,9 @@ INDEX_SCHEMA = pa.schema(
 def read_index(root: str, split: str | None = None, columns: Sequence[str] | None = None) -> pa.Table:
     """The index of a complete dataset in canonical order (shard name, then offset), schema INDEX_SCHEMA.
 
-    split: only its rows. columns: only these columns, in this order.
-    Raises BadInputError if the dataset is incomplete, has no such split, or the index does not agree with
-    dataset.json.
+    split: only the samples of this split. columns: only these columns, in this order.
+    Raises BadInputError if the dataset is incomplete or has no such split, if a part of the index cannot be
+    read, or if the index does not agree with dataset.json.
     """
     info = read_dataset_info(root)
     if split is not None and split not in info.splits:
@@ -89,3 +91,44 @@ def _subschema(names: Sequence[str]) -> pa.Schema:
             f"the index has no column {unknown[0]!r}; it has: {', '.join(INDEX_SCHEMA.names)}"
         )
     return pa.schema([INDEX_SCHEMA.field(name) for name in names])
+
+
+def records_table(records: Sequence[SampleRecord]) -> pa.Table:
+    """The records as a table of INDEX_SCHEMA, in their order."""
+    columns = {
+        "key": [record.key for record in records],
+        "split": [record.split for record in records],
+        "shard": [record.shard for record in records],
+        "offset": [record.offset for record in records],
+        "length": [record.length for record in records],
+        "images": [[_image_struct(image) for image in record.images] for record in records],
+        "messages": [list(record.messages) for record in records],
+        "meta": [record.meta for record in records],
+    }
+    return pa.Table.from_pydict(columns, INDEX_SCHEMA)
+
+
+def table_records(table: pa.Table) -> list[SampleRecord]:
+    """The inverse of `records_table`. Columns that `table` does not have get the defaults of SampleRecord;
+    key, shard and images are needed.
+    """
+    return [
+        SampleRecord(
+            **{
+                **row,
+                "images": tuple(ImageRef(**image) for image in row["images"]),
+                "messages": tuple(cast(Message, message) for message in row.get("messages", ())),
+            }
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def _image_struct(image: ImageRef) -> dict[str, str | int]:
+    return {
+        "member": image.member,
+        "offset": image.offset,
+        "length": image.length,
+        "width": image.width,
+        "height": image.height,
+    }

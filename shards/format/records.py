@@ -1,7 +1,6 @@
-"""The record of a sample: everything the index holds of it, as it travels between files. No pixels.
+"""The record of a sample: everything that the index holds about it, but no pixels.
 
-In: rows of the index, or what a build has made of a record of the source. Out: `SampleRecord`, and the bytes
-of `KEY.json`.
+In: the index, or a prepared record of a source. Out: `SampleRecord`, and the bytes of `KEY.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class Message(TypedDict):
-    """One turn of a chat, as chat templates and the index have it. role: one of `messages.ROLES`."""
+    """One message of a conversation, as chat templates take it. role: one of `messages.ROLES`."""
 
     role: str
     content: str
@@ -23,8 +22,8 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image lies, and its size. member: its name in the tar. offset, length: bytes of its data in
-    the tar, absolute. width, height: pixels, as shown (EXIF orientation applied).
+    """Where an image is, and its size. member: its name in the tar. offset, length: bytes of its data, from
+    the start of the tar. width, height: pixels as shown (EXIF orientation applied).
     """
 
     member: str
@@ -36,9 +35,11 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class SampleRecord:
-    """One row of the index. images: in the order of their tags. messages: empty where they were not read.
-    meta: JSON text of the task's fields. offset, length: bytes of the sample's members in the tar, from the
-    first header to the end of the last member's padding. source: number of the dataset among those of a run.
+    """One sample of the index.
+
+    images: in the order of their tags. messages: empty if that column was not read. meta: JSON text of the
+    fields that belong to the task. offset, length: bytes of the sample's members in the tar, from the first
+    header to the end of the last member's padding. source: number of the dataset among those of a run.
     """
 
     key: str

@@ -17,9 +17,9 @@ from shards.build import BuildOptions, build
 from shards.common.errors import BadInputError
 from shards.fetch import Fetched
 from shards.format.index import read_index
-from shards.prepare import Picture, Prepared, split_of
-from shards.rows import Row
-from shards.storage import writing
+from shards.prepare import Prepared, PreparedImage, split_of
+from shards.source_records import SourceRecord
+from shards.storage import disk_errors
 from shards.verify import verify
 from tests.shards.conftest import Site, write_csv
 
@@ -116,7 +116,7 @@ def test_too_many_failures_end_the_build_early_and_the_same_command_goes_on(
     rows = [(f"{site.url}/{'gone' if n >= 20 else 'ok'}-{n}", n, n) for n in range(100)]
     source = write_csv(tmp_path / "table.csv", ("image", "name", "price"), rows)
     options = changed(allow_private_hosts=True, concurrency=4)
-    words = "6 of the first 26 rows failed and only 5 of 100 may .min_success 0.95.; most often: HTTP 404"
+    words = "6 of the first 26 records failed and only 5 of 100 may .min_success 0.95.; .* reason: HTTP 404"
     with pytest.raises(BadInputError, match=words):
         build(str(source), str(tmp_path / "out"), options)
     assert not (tmp_path / "out/dataset.json").exists() and len(ledger(tmp_path / "out")) == 26
@@ -146,8 +146,8 @@ def test_splits_hold_groups_together_and_stay_when_rows_are_added(
 
 def test_the_val_split_has_about_its_fraction() -> None:
     def item(number: int) -> Prepared:
-        picture = Picture("x", Fetched("x", b""), None, f"{number:064x}", None)
-        return Prepared(Row(number, "k"), (picture,), None)
+        image = PreparedImage("x", Fetched("x", b""), sha256=f"{number:064x}")
+        return Prepared(SourceRecord(number, "k"), (image,), None)
 
     counts = Counter(split_of(item(number), 0.1) for number in range(5000))
     assert 400 < counts["val"] < 600
@@ -162,7 +162,7 @@ def test_killed_at_any_moment_the_result_is_the_same_to_the_byte(
         "import sys, time; from shards.build import BuildOptions, build\n"
         f"options = {ASK.__dict__!r} | {{'processes': int(sys.argv[2])}}\n"
         f"build({str(source)!r}, sys.argv[1], BuildOptions(**options),"
-        " lambda done, total: print(done, flush=True) or time.sleep(0.005))"
+        " progress=lambda done, total: print(done, flush=True) or time.sleep(0.005))"
     )
     out = tmp_path / "killed"
     moments = random.Random(0)
@@ -211,7 +211,8 @@ def test_what_cannot_be_built_is_refused_in_one_line(tmp_path: Path, table: Call
 def test_no_usable_row_is_refused(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [("none.jpg", 1, 1)])
     with pytest.raises(
-        BadInputError, match="1 of 1 rows failed .min_success 0., 0 samples; most often: no such file"
+        BadInputError,
+        match="1 of 1 records failed .min_success 0., 0 samples; most frequent reason: no such file",
     ):
         build(str(source), str(tmp_path / "out"), changed(min_success=0))
 
@@ -242,7 +243,7 @@ def test_two_builds_in_one_directory_at_once_are_refused(tmp_path: Path, table: 
             with pytest.raises(BadInputError, match="another process is writing here"):
                 build(str(source), str(tmp_path / "out"), ASK)
 
-    assert build(str(source), str(tmp_path / "out"), ASK, second).num_samples == 30
+    assert build(str(source), str(tmp_path / "out"), ASK, progress=second).num_samples == 30
 
 
 def test_progress_counts_the_rows_of_an_earlier_call_too(tmp_path: Path, table: Callable[..., Path]) -> None:
@@ -254,10 +255,10 @@ def test_progress_counts_the_rows_of_an_earlier_call_too(tmp_path: Path, table: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(str(source), str(tmp_path / "out"), ASK, stop)
+        build(str(source), str(tmp_path / "out"), ASK, progress=stop)
     seen: list[int] = []
     began = time.monotonic()
-    build(str(source), str(tmp_path / "out"), ASK, lambda done, total: seen.append(done))
+    build(str(source), str(tmp_path / "out"), ASK, progress=lambda done, total: seen.append(done))
     assert seen == list(range(11, 31)) and time.monotonic() - began < 20
 
 
@@ -274,7 +275,7 @@ def test_duplicates_are_dropped_and_named_also_after_a_kill(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(str(source), str(tmp_path / "out"), options, stop)
+        build(str(source), str(tmp_path / "out"), options, progress=stop)
     assert build(str(source), str(tmp_path / "out"), options).num_samples == 17
     dropped = [entry for entry in ledger(tmp_path / "out") if entry["outcome"] == "dropped"]
     assert [(entry["row"], entry["reason"]) for entry in dropped] == [
@@ -322,7 +323,7 @@ def test_a_source_of_unknown_length_is_built_and_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(f"hf:{tmp_path / 'data'}", str(tmp_path / "out"), options, stop)
+        build(f"hf:{tmp_path / 'data'}", str(tmp_path / "out"), options, progress=stop)
     assert build(f"hf:{tmp_path / 'data'}", str(tmp_path / "out"), options).num_samples == 25
     assert verify(str(tmp_path / "out"), decode=1).faults == ()
     assert ledger(tmp_path / "out")[0]["images"][0]["image"] == "inline"
@@ -339,7 +340,7 @@ def test_a_place_may_have_any_name(tmp_path: Path, table: Callable[..., Path], o
 
 def test_what_cannot_be_read_is_not_called_a_full_disk(tmp_path: Path) -> None:
     for file, words in (("table.csv", "cannot be read .No such file"), ("out/x", "choose another --out")):
-        with pytest.raises(BadInputError, match=words), writing(str(tmp_path / "out")):
+        with pytest.raises(BadInputError, match=words), disk_errors(str(tmp_path / "out")):
             (tmp_path / file).read_bytes()
 
 

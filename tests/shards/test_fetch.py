@@ -36,7 +36,7 @@ def fetch(urls: list[str], options: FetchOptions = QUICK) -> list[Fetched]:
         ("cut-1", "RemoteProtocolError", 3),
         ("huge-1", "1073741824 bytes, more than the limit of 1048576", 1),
         ("endless-1", "more than the limit of 1048576 bytes", 1),
-        ("packed-1", "sent packed (gzip)", 1),
+        ("packed-1", "sent compressed (gzip)", 1),
         ("loop-1", "more than 5 redirects", 1),
         ("elsewhere-1", "which is not http or https", 1),
     ],
@@ -102,7 +102,7 @@ def test_bad_urls_and_paths_have_reasons(tmp_path: Path) -> None:
     found = fetch(urls)
     assert [fetched.data for fetched in found] == [b"data", b"data"] + [None] * 7
     assert all(fetched.reason for fetched in found[2:])
-    assert found[2].reason == "no such file" and found[3].reason == "is no file"
+    assert found[2].reason == "no such file" and found[3].reason == "not a file"
     (small,) = fetch(urls[:1], FetchOptions(max_bytes=3))
     assert small.reason == "4 bytes, more than the limit of 3"
 
@@ -138,7 +138,7 @@ def test_in_order_holds_no_more_than_it_may() -> None:
         return item
 
     async def run() -> int:
-        async for _ in in_order(range(200), work, 100, lambda item: 10, 40, 5):
+        async for _ in in_order(range(200), work, 100, weigh=lambda item: 10, most=40, at_once=5):
             return len(waiting)
         return 0
 
@@ -154,13 +154,13 @@ def test_in_order_begins_none_while_too_much_waits() -> None:
         return item
 
     async def run() -> list[int]:
-        return [item async for item in in_order(range(30), work, 20, lambda item: 10, 40)]
+        return [item async for item in in_order(range(30), work, 20, weigh=lambda item: 10, most=40)]
 
     assert asyncio.run(run()) == list(range(30)) and begun == list(range(30))
 
     async def first() -> None:
         begun.clear()
-        results = in_order(range(30), work, 5, lambda item: 10, 40)
+        results = in_order(range(30), work, 5, weigh=lambda item: 10, most=40)
         await anext(results)
         assert len(begun) == 5  # four wait behind the slow one: no other is begun
         await results.aclose()

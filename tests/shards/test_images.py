@@ -90,8 +90,8 @@ def test_the_quick_look_at_a_jpeg_agrees_with_pillow() -> None:
 @pytest.mark.parametrize("coding", ["jpeg:90", "webp:80", "png", "jpeg"])
 def test_pictures_are_made_anew_upright_and_alike(picture: Callable[..., bytes], coding: str) -> None:
     data = picture(1, "PNG", (75, 50), orientation=6)
-    first, facts = reencode(data, check_image(data), None, coding)
-    assert reencode(data, check_image(data), None, coding)[0] == first and check_image(first) == facts
+    first, facts = reencode(data, check_image(data), coding=coding)
+    assert reencode(data, check_image(data), coding=coding)[0] == first and check_image(first) == facts
     assert facts.extension == {"jpeg": "jpg"}.get(coding.split(":")[0], coding.split(":")[0])
     assert (facts.width, facts.height) == (50, 75)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
@@ -104,7 +104,7 @@ def test_what_shines_through_becomes_white_in_a_jpeg() -> None:
     for mode in ("RGBA", "LA"):
         data = io.BytesIO()
         Image.new(mode, (20, 20), 0).save(data, "PNG")
-        small, facts = reencode(data.getvalue(), check_image(data.getvalue()), None, "jpeg:95")
+        small, facts = reencode(data.getvalue(), check_image(data.getvalue()), coding="jpeg:95")
         assert facts.extension == "jpg" and Image.open(io.BytesIO(small)).convert("L").getextrema()[0] > 250
 
 
@@ -120,7 +120,7 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_picture(picture: Callable[
     segment = b"\xff\xe1" + (2 + len(thumbnail)).to_bytes(2, "big") + thumbnail
     nested = data[:2] + segment + data[2:]
     check_image(nested, decode=False)
-    with pytest.raises(BadInputError, match="cut short"):
+    with pytest.raises(BadInputError, match="truncated"):
         check_image(nested[: len(nested) * 2 // 3], decode=False)
 
 
@@ -164,5 +164,5 @@ def test_a_png_is_not_decoded_for_its_orientation(
 def test_what_a_format_cannot_hold_is_said() -> None:
     data = io.BytesIO()
     Image.new("L", (17_000, 100)).save(data, "PNG")
-    with pytest.raises(BadInputError, match="17000x100 pixels, webp holds 16383 on a side"):
+    with pytest.raises(BadInputError, match="17000x100 pixels, webp allows 16383 on a side"):
         reencode(data.getvalue(), check_image(data.getvalue()), coding="webp")

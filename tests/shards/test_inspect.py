@@ -26,9 +26,9 @@ def test_counts_sizes_texts_duplicates_and_failures(tmp_path: Path, picture: Cal
     assert found.formats == {"jpg": 7, "png": 1}
     assert found.width == Spread(20, 40, 300, 300, 20 + 30 + 40 + 50 + 60 + 70 + 300 + 20)
     assert found.prompt_chars.largest == len("<|image_1|>\nitem 0?") and found.reply_chars.total == 24
-    assert found.commonest_replies == (("yes", 8),) and found.repeated_texts == 4
+    assert found.frequent_replies == (("yes", 8),) and found.repeated_texts == 4
     ((first, second),) = found.duplicate_images
-    assert {first[1], second[1]} == {"00000000.jpg", "00000007.jpg"}
+    assert {first.image.member, second.image.member} == {"00000000.jpg", "00000007.jpg"}
     assert found.failed == {"no such file": 1}
     assert found.shard_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
 

@@ -11,7 +11,7 @@ from shards.build import BuildOptions, build, retry_failed
 from shards.common.errors import BadInputError
 from shards.format.dataset import read_dataset_info
 from shards.format.index import read_index
-from shards.ledger import failed_rows, reasons
+from shards.ledger import failed_records, failure_reasons
 from shards.verify import verify
 from tests.shards.conftest import Site, write_csv
 
@@ -33,7 +33,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_after_repair_exactly_the_failed_rows_are_fetched(tmp_path: Path, site: Site) -> None:
     source, out = str(hostile_table(tmp_path, site)), str(tmp_path / "out")
     first = build(source, out, ASK)
-    assert first.num_samples == 30 and len(failed_rows(tmp_path / "out")) == 20
+    assert first.num_samples == 30 and len(failed_records(tmp_path / "out")) == 20
     site.requests.clear()
     again = retry_failed(source, out, ASK)  # nothing is mended: nothing changes but the count of rounds
     assert again.num_samples == 30 and set(site.requests.values()) == {1} and len(site.requests) == 20
@@ -45,7 +45,7 @@ def test_after_repair_exactly_the_failed_rows_are_fetched(tmp_path: Path, site: 
     )
     assert mended.num_samples == 50 and len({first.fingerprint, again.fingerprint, mended.fingerprint}) == 2
     assert sorted(read_index(out)["key"].to_pylist()) == [f"{n:08d}" for n in range(50)]
-    assert not failed_rows(tmp_path / "out") and reasons(tmp_path / "out") == {}
+    assert not failed_records(tmp_path / "out") and failure_reasons(tmp_path / "out") == {}
     assert verify(out, decode=1).faults == ()
     site.requests.clear()
     assert retry_failed(source, out, ASK) == mended and not site.requests
@@ -60,7 +60,7 @@ def test_a_row_that_arrives_late_is_still_a_duplicate(tmp_path: Path, site: Site
     for name in ("two.jpg", "three.jpg"):
         (tmp_path / name).write_bytes(site.good)
     assert retry_failed(source, str(tmp_path / "out"), options).num_samples == 1
-    assert failed_rows(tmp_path / "out") == set()
+    assert failed_records(tmp_path / "out") == set()
 
 
 def test_a_split_does_not_depend_on_when_a_row_arrived(tmp_path: Path, site: Site) -> None:
@@ -89,7 +89,7 @@ def test_stopped_in_the_middle_of_a_round_it_goes_on(tmp_path: Path, site: Site)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        retry_failed(source, str(tmp_path / "stopped"), ASK, stop)
+        retry_failed(source, str(tmp_path / "stopped"), ASK, progress=stop)
     with pytest.raises(BadInputError, match="incomplete"):
         read_dataset_info(str(tmp_path / "stopped"))
     site.requests.clear()

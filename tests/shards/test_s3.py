@@ -46,12 +46,12 @@ def test_a_build_killed_on_its_way_to_s3_ends_as_on_a_disk(
         "import os, signal; from shards.build import BuildOptions, build\n"
         "def stop(done, total):\n"
         "    if done == 25: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"build({source!r}, {url!r}, BuildOptions(**{options(tmp_path / 'a').__dict__!r}), stop)"
+        f"build({source!r}, {url!r}, BuildOptions(**{options(tmp_path / 'a').__dict__!r}), progress=stop)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -9
     assert "dataset.json" not in in_store(url)
     seen: list[int] = []
-    info = build(source, url, options(tmp_path / "b"), lambda done, total: seen.append(done))
+    info = build(source, url, options(tmp_path / "b"), progress=lambda done, total: seen.append(done))
     assert seen[0] > 20 and info.num_samples == 35 and in_store(url) == on_disk(tmp_path / "disk")
     assert verify(url, decode=1).faults == ()
     assert inspect(url).width.largest == 60 and "data:image/jpeg" in make_page(url, inspect(url), 3)
@@ -79,24 +79,24 @@ def test_tars_of_others_are_indexed_where_they_are(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_index(f"{s3}/tars", chosen, stop, work)
-    info = build_index(f"{s3}/tars", chosen, None, work)
-    assert build_index(f"{s3}/tars", chosen, None, work) == info and info.num_samples == 8
+        build_index(f"{s3}/tars", chosen, progress=stop, work_dir=work)
+    info = build_index(f"{s3}/tars", chosen, work_dir=work)
+    assert build_index(f"{s3}/tars", chosen, work_dir=work) == info and info.num_samples == 8
     assert not list((tmp_path / "work").rglob("*.tar")) and verify(f"{s3}/tars", decode=1).faults == ()
     rows = read_index(f"{s3}/tars").to_pylist()
     assert [row["key"] for row in rows][::4] == ["a/0000", "b/0000"]
     assert SampleReader(f"{s3}/tars").images(rows[5]) == [picture(1 + ord("b"))]
     with pytest.raises(BadInputError, match="of an index with other options"):
-        build_index(f"{s3}/tars", IndexOptions(prompt="!", answer="{txt}"), None, work)
+        build_index(f"{s3}/tars", IndexOptions(prompt="!", answer="{txt}"), work_dir=work)
     with pytest.raises(BadInputError, match="/nothing: no .tar files to index"):
-        build_index(f"{s3}/nothing", chosen, None, work)
+        build_index(f"{s3}/nothing", chosen, work_dir=work)
 
 
 def test_tasks_and_rows_tried_again_on_s3(s3: str, tmp_path: Path, table: Callable[..., Path]) -> None:
     source, url = table(22), f"{s3}/set"
     (source.parent / "7.jpg").rename(source.parent / "away")
     for task in (1, 0):
-        build_task(str(source), url, task, 2, options(tmp_path / "work"))
+        build_task(str(source), url, options(tmp_path / "work"), task=task, tasks=2)
     assert waits_for_close(url) and close_tasks(url, str(tmp_path / "work")).num_samples == 21
     (source.parent / "away").rename(source.parent / "7.jpg")
     assert retry_failed(str(source), url, options(tmp_path / "work")).num_samples == 22

@@ -66,5 +66,5 @@ def test_no_catalogue_and_a_taken_port_are_refused(tmp_path: Path) -> None:
     make_catalogue(tmp_path, 1)
     with serve_catalogue(tmp_path) as url:
         port = int(url.rpartition(":")[2])
-        with pytest.raises(BadInputError, match=f"port {port} is taken"), serve_catalogue(tmp_path, port):
+        with pytest.raises(BadInputError, match=f"port {port} is in use"), serve_catalogue(tmp_path, port):
             pass

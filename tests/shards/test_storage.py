@@ -67,9 +67,9 @@ def test_another_machine_goes_on_behind_the_last_window(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(source, URL, options(tmp_path / "here"), stop)
+        build(source, URL, options(tmp_path / "here"), progress=stop)
     seen: list[int] = []
-    build(source, URL, options(tmp_path / "there"), lambda done, total: seen.append(done))
+    build(source, URL, options(tmp_path / "there"), progress=lambda done, total: seen.append(done))
     assert seen == list(range(21, 36)) and in_store(store) == on_disk(tmp_path / "disk")
 
 
@@ -78,7 +78,7 @@ def test_tasks_and_rows_tried_again(store: Any, tmp_path: Path, table: Callable[
     hidden = source.parent / "7.jpg"
     hidden.rename(hidden.with_suffix(".away"))
     for task in (1, 0):
-        build_task(str(source), URL, task, 2, options(tmp_path / "work"))
+        build_task(str(source), URL, options(tmp_path / "work"), task=task, tasks=2)
     assert waits_for_close(URL) and close_tasks(URL, str(tmp_path / "work")).num_samples == 11
     hidden.with_suffix(".away").rename(hidden)
     assert retry_failed(str(source), URL, options(tmp_path / "work")).num_samples == 12
@@ -102,7 +102,5 @@ def test_a_store_that_fails_is_said_in_one_line(
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(type(store), "put_file", refuse)
-    with pytest.raises(
-        BadInputError, match="does not answer as it should .Access Denied.; check its address"
-    ):
+    with pytest.raises(BadInputError, match="the object store failed .Access Denied.; check its address"):
         build(str(table(3)), URL, options(tmp_path / "work"))

@@ -70,15 +70,15 @@ def test_long_names_of_other_writers_are_scanned(tmp_path: Path) -> None:
 def test_damage_is_found(tmp_path: Path) -> None:
     write(tmp_path / "a.tar")
     data = (tmp_path / "a.tar").read_bytes()
-    with pytest.raises(BadInputError, match="cut.tar: not a whole"):
+    with pytest.raises(BadInputError, match="cut.tar: not a complete"):
         list(scan(io.BytesIO(data[:1800]), "cut.tar"))
-    with pytest.raises(BadInputError, match="cut.tar: damaged or cut header at byte 1024"):
+    with pytest.raises(BadInputError, match="cut.tar: damaged or truncated header at byte 1024"):
         list(scan(io.BytesIO(data[:1500]), "cut.tar"))
     flipped = bytearray(data)
     flipped[2600] ^= 0xFF  # in the header of b.json
-    with pytest.raises(BadInputError, match="flipped.tar: damaged or cut header"):
+    with pytest.raises(BadInputError, match="flipped.tar: damaged or truncated header"):
         list(scan(io.BytesIO(flipped), "flipped.tar"))
-    with pytest.raises(BadInputError, match="no.tar: not a whole, uncompressed tar"):
+    with pytest.raises(BadInputError, match="no.tar: not a complete, uncompressed tar"):
         list(scan(io.BytesIO(b"hello" * 500), "no.tar"))
 
 

@@ -74,12 +74,12 @@ def test_a_damaged_tar_a_missing_one_and_a_stray_one(dataset: Path) -> None:
     row = pq.read_table(dataset / "index").to_pylist()[4]
     change_tar(dataset, row["offset"], b"\xff" * 100)
     faults = check(dataset)
-    assert any("damaged or cut header" in fault for fault in faults)
+    assert any("damaged or truncated header" in fault for fault in faults)
     assert any("no sample at byte" in fault and "'00000004'" in fault for fault in faults)
     (dataset / "shard-000000.tar").rename(dataset / "shard-000009.tar")
     assert check(dataset) == [
-        "shard-000009.tar: not in dataset.json; delete it or build anew",
-        "shard-000000.tar: missing; copy it again or build anew",
+        "shard-000009.tar: not in dataset.json; delete it or build again",
+        "shard-000000.tar: missing; copy it again or build again",
     ]
 
 
@@ -87,7 +87,7 @@ def test_a_damaged_tar_a_missing_one_and_a_stray_one(dataset: Path) -> None:
     ("change", "words"),
     [
         (lambda rows: rows[1].update(key="x"), "sample 'x': the tar has '00000001' at this place"),
-        (lambda rows: rows[1].update(key="00000002"), "index: key '00000002' stands 2 times"),
+        (lambda rows: rows[1].update(key="00000002"), "index: key '00000002' occurs 2 times"),
         (lambda rows: rows[1].update(split="val"), "index: splits {'train': 5, 'val': 1}, dataset.json says"),
         (lambda rows: rows[1].update(offset=512), "sample '00000001' is not in the index"),
         (lambda rows: rows[1].update(length=1), "bytes in the tar, 1 in the index"),
