@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from shards.common.errors import BadInputError
 from shards.common.text import first_line
@@ -159,7 +160,7 @@ def sample_record(
         offset=sample.offset,
         length=sample.length,
         images=images,
-        messages=tuple(Message(role=each["role"], content=each["content"]) for each in item.row.messages),
+        messages=cast("tuple[Message, ...]", tuple(item.row.messages)),
         meta=_ENCODER.encode(item.row.meta),
     )
 
