@@ -37,7 +37,7 @@ from shards.ledger import failed_records, patterns_before_round
 from shards.options import BuildOptions, num_may_fail
 from shards.partition import Partition, num_partitions, task_partitions
 from shards.process_pool import run_work
-from shards.rows import PRODUCT_ANSWER, PRODUCT_PROMPT, Row
+from shards.source_records import PRODUCT_ANSWER, PRODUCT_PROMPT, SourceRecord
 from shards.sources import Source, Span, open_source
 from shards.storage import TASKS, Storage, disk_errors, open_storage
 from shards.worker import Progress, Work, finished_partitions
@@ -99,7 +99,9 @@ def build_task(
         if is_complete(storage):
             return list(finished_partitions(storage.root, work).values())
         partitions = list(run_work(storage, work, options, progress=progress).values())
-        if opened.num_rows is None:  # otherwise Work.may_fail has limited the failures from the first record
+        if (
+            opened.num_records is None
+        ):  # otherwise Work.may_fail has limited the failures from the first record
             check_share(storage.root, opened.name, partitions, min_success=options.min_success)
         return partitions
 
@@ -155,32 +157,32 @@ def _prepare(source: str, options: BuildOptions, tasks: int) -> tuple[Source, Bu
     options.check()
     opened = open_source(source, options.recipe())
     # Without a known length or with dropped duplicates the bytes depend on the number of tasks.
-    shaping_tasks = tasks if opened.num_rows is None or options.duplicates == "drop" else 1
+    shaping_tasks = tasks if opened.num_records is None or options.duplicates == "drop" else 1
     built_with = {"writer": _WRITER, "tasks": shaping_tasks, **options.shaping()}
     texts = [PRODUCT_PROMPT, PRODUCT_ANSWER]
     fingerprint = hashlib.sha256(json.dumps([opened.sha256, built_with, texts]).encode()).hexdigest()
-    return opened, BuildPlan(fingerprint, opened.name, opened.num_rows, built_with)
+    return opened, BuildPlan(fingerprint, opened.name, opened.num_records, built_with)
 
 
 def _task_work(source: Source, options: BuildOptions, *, task: int, tasks: int) -> Work:
     base = options.image_root or source.base
-    if source.num_rows is None:
+    if source.num_records is None:
         if tasks == 1:
-            return Work(source.name, base, prefix="", records=source.rows)
+            return Work(source.name, base, prefix="", records=source.records)
 
-        def records(spans: Sequence[Span]) -> Iterator[Row]:
+        def records(spans: Sequence[Span]) -> Iterator[SourceRecord]:
             assert source.part is not None
             for first, end in spans:
                 yield from islice(source.part(task, tasks, first), end - first)
 
         return Work(source.name, base, prefix=f"{task:04d}-", records=records)
-    count = num_partitions(source.num_rows, options.shard_samples)
+    count = num_partitions(source.num_records, options.shard_samples)
     work = Work(
         source.name,
         base,
         prefix="",
-        records=source.rows,
-        num_records=source.num_rows,
+        records=source.records,
+        num_records=source.num_records,
         partitions=task_partitions(count, task, tasks),
     )
     return replace(work, may_fail=num_may_fail(work.total(options.shard_samples), options.min_success))
@@ -192,16 +194,16 @@ def _retry_work(root: Path, source: Source, options: BuildOptions, *, tasks: int
     """
     failed = sorted(failed_records(root, before_round=number))
 
-    def records(spans: Sequence[Span]) -> Iterator[Row]:
+    def records(spans: Sequence[Span]) -> Iterator[SourceRecord]:
         for first, end in spans:
             wanted = failed[first:end]
-            if source.num_rows is not None:
-                yield from source.rows([(each, each + 1) for each in wanted])
+            if source.num_records is not None:
+                yield from source.records([(each, each + 1) for each in wanted])
                 continue
             assert source.part is not None
             everything = chain.from_iterable(source.part(task, tasks, 0) for task in range(tasks))
             numbers = set(wanted)
-            found = {row.number: row for row in everything if row.number in numbers}
+            found = {record.number: record for record in everything if record.number in numbers}
             yield from (found[each] for each in wanted if each in found)
 
     return Work(

@@ -205,7 +205,9 @@ def _index_tar(
         for sample in scan(stream, str(path)):
             item, members = reader.read(stream.fileno(), sample, tag.row + rows)
             if sample.key in seen:
-                item = Prepared(item.row, (), "its key came before in this tar: its members are not adjacent")
+                item = Prepared(
+                    item.record, (), "its key came before in this tar: its members are not adjacent"
+                )
             seen.add(sample.key)
             split = None
             if item.fault is None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shards.common.text import first_line
 from shards.fetch import Fetched
 from shards.options import BuildOptions
-from shards.prepare import Prepared, check_picture, with_pictures
-from shards.rows import Recipe, Row, RowMaker, make_row, row_maker
+from shards.prepare import Prepared, prepare_image, with_images
+from shards.source_records import Converter, Recipe, SourceRecord, find_converter, make_record
 from shards.tars import Member, TarSample
 
 _IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
@@ -54,7 +54,7 @@ class SampleReader:
     def __init__(self, source: str, options: IndexOptions) -> None:
         self._source, self._options = source, options
         self._limits = BuildOptions(max_bytes=options.max_bytes, max_pixels=options.max_pixels)
-        self._make: RowMaker | None = None
+        self._convert: Converter | None = None
 
     def read(self, descriptor: int, sample: TarSample, number: int) -> tuple[Prepared, list[Member]]:
         """The sample as record `number`, and the members that hold its images; no members if it failed.
@@ -64,31 +64,31 @@ class SampleReader:
         members = _image_members(sample, self._options.images)
         fields, reason = _read_fields(descriptor, sample, members)
         if reason is not None:
-            return Prepared(Row(number, sample.key), (), reason), []
+            return Prepared(SourceRecord(number, sample.key), (), reason), []
         named = fields.get("images")
         members = self._in_named_order(members, named)
         if isinstance(named, list) and len(named) != len(members):
             reason = f"its JSON names {len(named)} image(s), the tar has {len(members)}"
-            return Prepared(Row(number, sample.key), (), reason), []
+            return Prepared(SourceRecord(number, sample.key), (), reason), []
         fields["images"] = [member.name for member in members]
-        row = self._row(number, sample.key, fields)
-        if row.fault is None and list(row.images) != fields["images"]:
-            reason = f"{len(row.images)} image(s) named, the tar has {len(members)}"
-            row = Row(number, sample.key, fault=reason)
-        if row.fault is not None:
-            return Prepared(row, (), row.fault), []
-        images = [check_picture(each.name, self._fetch(descriptor, each), self._limits) for each in members]
-        return with_pictures(row, images), members
+        record = self._record(number, sample.key, fields)
+        if record.fault is None and list(record.images) != fields["images"]:
+            reason = f"{len(record.images)} image(s) named, the tar has {len(members)}"
+            record = SourceRecord(number, sample.key, fault=reason)
+        if record.fault is not None:
+            return Prepared(record, (), record.fault), []
+        images = [prepare_image(each.name, self._fetch(descriptor, each), self._limits) for each in members]
+        return with_images(record, images), members
 
-    def _row(self, number: int, key: str, fields: dict[str, Any]) -> Row:
+    def _record(self, number: int, key: str, fields: dict[str, Any]) -> SourceRecord:
         options = self._options
-        if self._make is None:
+        if self._convert is None:
             images = () if options.prompt is None and options.answer is None else ("images",)
             recipe = Recipe(images, options.prompt, options.answer, group_by=options.group_by)
-            self._make = row_maker(f"{self._source}: sample {key}", list(fields), recipe)
-        row = make_row(number, key, fields, self._make, options.group_by)
-        row.meta.pop("images", None)
-        return row
+            self._convert = find_converter(f"{self._source}: sample {key}", list(fields), recipe)
+        record = make_record(number, key, fields, convert=self._convert, group_by=options.group_by)
+        meta = {name: value for name, value in record.meta.items() if name != "images"}
+        return replace(record, meta=meta)
 
     def _fetch(self, descriptor: int, member: Member) -> Fetched:
         limit = self._options.max_bytes

@@ -77,20 +77,20 @@ def ledger_entry(item: Prepared, split: str | None, shard: str | None) -> Ledger
     """The outcome of a record and of each of its images."""
     images = tuple(
         LedgerImage(
-            image=picture.name,
-            http_status=picture.fetched.http_status,
-            bytes=None if picture.fetched.data is None else len(picture.fetched.data),
-            sha256=picture.sha256,
-            width=picture.facts.width if picture.facts else None,
-            height=picture.facts.height if picture.facts else None,
-            reencoded=picture.reencoded,
-            reason=picture.reason,
+            image=image.name,
+            http_status=image.fetched.http_status,
+            bytes=None if image.fetched.data is None else len(image.fetched.data),
+            sha256=image.sha256,
+            width=image.facts.width if image.facts else None,
+            height=image.facts.height if image.facts else None,
+            reencoded=image.reencoded,
+            reason=image.reason,
         )
-        for picture in item.pictures
+        for image in item.images
     )
     return LedgerEntry(
-        row=item.row.number,
-        key=item.row.key,
+        row=item.record.number,
+        key=item.record.key,
         outcome=item.outcome,
         reason=item.fault,
         split=split,

@@ -11,7 +11,7 @@ from typing import Any
 
 from shards.common.errors import BadInputError
 from shards.images import parse_coding
-from shards.rows import Recipe
+from shards.source_records import Recipe
 
 
 @dataclass(frozen=True)

@@ -137,12 +137,12 @@ class PartitionWriter:
 
     def _write(self, split: str, item: Prepared) -> tuple[str, TarSample]:
         """Adds the sample to the open tar of `split`: the tar's name, and where the sample lies in it."""
-        members = [("json", sample_json(item.row.messages, item.row.meta))]
-        for place, picture in enumerate(item.pictures):
-            assert picture.fetched.data is not None and picture.facts is not None
-            extension = picture.facts.extension
-            suffix = extension if len(item.pictures) == 1 else f"{place}.{extension}"
-            members.append((suffix, picture.fetched.data))
+        members = [("json", sample_json(item.record.messages, item.record.meta))]
+        for place, image in enumerate(item.images):
+            assert image.fetched.data is not None and image.facts is not None
+            extension = image.facts.extension
+            suffix = extension if len(item.images) == 1 else f"{place}.{extension}"
+            members.append((suffix, image.fetched.data))
         size = sum(512 + len(data) + -len(data) % 512 for _, data in members)
         if split in self._open and self._open[split][1].size + size > self._shard_bytes:
             self._close(split)
@@ -152,7 +152,7 @@ class PartitionWriter:
             self._tars += 1
             self._open[split] = (name, TarShard(partial_path(self._root / name)))
         name, tar = self._open[split]
-        return name, tar.add(item.row.key, members)
+        return name, tar.add(item.record.key, members)
 
     def _close(self, split: str) -> None:
         name, tar = self._open.pop(split)

@@ -1,13 +1,14 @@
-"""What people have, as rows: tables (CSV, TSV, JSONL, JSON, Parquet), image folders, Hugging Face datasets.
+"""Sources of records: tables (CSV, TSV, JSONL, JSON, Parquet), image folders, Hugging Face datasets.
 
-In: the name of a source and a `Recipe`. Out: `Source`, and from it one `Row` per record, in order, with the
-messages made; a record that cannot be used gives a row that carries the reason. Files may lie on any fsspec
-URL. Nothing but the source itself is read here: images are fetched later. Called by `build`.
+In: the name of a source and a `Recipe`. Out: a `Source`, which yields one `SourceRecord` for each record, in
+order; a record that cannot be used carries the reason. Files may be at any fsspec URL. Only the source itself
+is read here; its images are fetched later.
 
-    hf:NAME[@REVISION][#SPLIT]   through `datasets`, streamed; a local directory of Parquet or JSONL too
-    DIRECTORY                    of images, with the columns image, label (its folder), caption (NAME.txt
-                                 beside it); or with a metadata.csv or .jsonl that names the files
-    FILE                         .csv .tsv .jsonl .ndjson .json (a list, as LLaVA has it) .parquet
+    hf:NAME[@REVISION][#SPLIT]   streamed through `datasets`; also a local directory of Parquet or JSONL
+    DIRECTORY                    of images, with the columns image, label (name of its folder) and caption
+                                 (text of NAME.txt beside it); or with a metadata.csv, .jsonl or .parquet that
+                                 names the images in the column file_name
+    FILE                         .csv .tsv .jsonl .ndjson .json (one list, as in LLaVA) .parquet
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +30,18 @@ import pyarrow.parquet as pq
 
 from shards.common.errors import BadInputError
 from shards.common.text import first_line
-from shards.rows import Made, Recipe, Row, RowFault, RowMaker, make_key, make_row, row_maker
+from shards.source_records import (
+    Content,
+    Converter,
+    Fields,
+    Recipe,
+    RecordFault,
+    SourceRecord,
+    find_converter,
+    has_templates,
+    make_key,
+    make_record,
+)
 from shards.tars import sha256_of
 
 HF_PREFIX = "hf:"
@@ -42,38 +54,49 @@ _SUFFIXES = {
     ".json": "json",
     ".parquet": "parquet",
 }
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # the names that `datasets` knows
-_PICTURES = {".jpg", ".jpeg", ".png", ".webp"}
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # the names that `datasets` looks for
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
-Record = Mapping[str, Any] | str  # a str says why there is no record
-Span = tuple[int, int]  # first, end
+Span = tuple[int, int]
+"""A range [first, end) of record numbers."""
 ALL: Span = (0, sys.maxsize)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a record that could not be parsed."""
+
+    reason: str
+
+
+RawRecord = Fields | Unreadable
 
 
 @dataclass(frozen=True)
 class Source:
     """An opened source.
 
-    base: the folder or URL that image paths start from. num_rows: None if only reading to the end tells.
-    sha256: of the content (of a remote dataset: of its name and revision), in hex. rows(spans): the rows
-    of ascending spans [first, end) of their numbers, in one pass. part(task, tasks, start): only where
-    num_rows is None: the rows of a task, from its start-th on; the parts of all tasks are disjoint and
-    together all.
+    base: the folder or URL that image paths are relative to. num_records: None if it is not known before all
+    have been read. sha256: in hex, of the content; of a remote dataset, of its name and revision.
+    records(spans): yields the records of these spans in one pass; the spans must be ascending. part(task,
+    tasks, start): only where num_records is None; yields the records of one of several tasks, without its
+    first `start`. Each record belongs to exactly one task.
     """
 
     name: str
     base: str
-    num_rows: int | None
+    num_records: int | None
     sha256: str
-    rows: Callable[[Sequence[Span]], Iterator[Row]]
-    part: Callable[[int, int, int], Iterator[Row]] | None = None
+    records: Callable[[Sequence[Span]], Iterator[SourceRecord]]
+    part: Callable[[int, int, int], Iterator[SourceRecord]] | None = None
 
 
 def open_source(source: str, recipe: Recipe) -> Source:
-    """Reads a file once (to count and to hash it) and checks the recipe against its columns.
+    """Opens a source and checks the recipe against its columns. A file is read once, to count its records and
+    to hash it.
 
-    Raises BadInputError: no such source, a kind not known, no rows, a column or template field that does not
-    exist.
+    Raises BadInputError: no such source, an unknown kind of file, no records, a column or template field that
+    does not exist.
     """
     if source.startswith(HF_PREFIX):
         return _open_hf(source, recipe)
@@ -99,91 +122,92 @@ def _filesystem(source: str) -> tuple[Any, str]:
     return filesystem, str(path)
 
 
-def _open_table(source: str, kind: str, recipe: Recipe, images: str | None = None) -> Source:
-    """images: column that holds the pictures where the recipe names none."""
+def _open_table(source: str, kind: str, recipe: Recipe, *, images: str | None = None) -> Source:
+    """Opens a table. images: the column that names the images if the recipe names none."""
     try:
         with fsspec.open(source, "rb") as stream:
             sha256 = sha256_of(stream)
-        columns, num_rows = _survey(source, kind)
+        columns, num_records = _survey(source, kind)
     except OSError as error:
         raise BadInputError(f"{source}: cannot be read ({error.strerror or error})") from error
     except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, pa.ArrowException) as error:
         raise BadInputError(f"{source}: not a readable {kind} file ({first_line(error)})") from error
-    if num_rows == 0:
-        raise BadInputError(f"{source}: no rows; nothing to build")
-    talks = not {"messages", "conversations"}.isdisjoint(columns)
-    talks = talks and not recipe.images and recipe.prompt is None and recipe.answer is None
-    if images is not None and not talks:
+    if num_records == 0:
+        raise BadInputError(f"{source}: no records; nothing to build")
+    is_chat = not {"messages", "conversations"}.isdisjoint(columns) and not has_templates(recipe)
+    if images is not None and not is_chat:
         recipe = replace(recipe, images=recipe.images or (images,))
-    make = row_maker(source, columns, recipe)
-    if images is not None and talks:
-        make = _with_images(make, images)
+    convert = find_converter(source, columns, recipe)
+    if images is not None and is_chat:
+        convert = _with_images(convert, images)
 
-    def rows(spans: Sequence[Span]) -> Iterator[Row]:
-        at = 0
-        records: Iterator[Record] | None = None
+    def records(spans: Sequence[Span]) -> Iterator[SourceRecord]:
+        position = 0
+        raw: Iterator[RawRecord] | None = None
         for first, end in spans:
-            if records is None or (kind == "parquet" and first > at):  # which skips without reading
-                at, records = first, _records(source, kind, first)
-            yield from _rows(islice(records, first - at, end - at), first, 1, make, recipe)
-            at = end
+            if raw is None or (kind == "parquet" and first > position):  # Parquet skips without reading
+                position, raw = first, _raw_records(source, kind, first)
+            chosen = islice(raw, first - position, end - position)
+            yield from _converted(chosen, convert, recipe, first=first)
+            position = end
 
     base = source.rpartition("/")[0] if "://" in source else str(Path(source).resolve().parent)
-    return Source(source, base, num_rows, sha256, rows)
+    return Source(source, base, num_records, sha256=sha256, records=records)
 
 
-def _with_images(make: RowMaker, column: str) -> RowMaker:
-    """For records whose messages are about the pictures of `column`."""
+def _with_images(convert: Converter, column: str) -> Converter:
+    """The converter for records whose messages are about the images of `column`."""
 
-    def made(record: Mapping[str, Any]) -> Made:
-        others = {name: value for name, value in record.items() if name != column}
-        return make({**others, "images": record.get("images") or record.get(column)})
+    def convert_all(fields: Fields) -> Content:
+        others = {name: value for name, value in fields.items() if name != column}
+        return convert({**others, "images": fields.get("images") or fields.get(column)})
 
-    return made
+    return convert_all
 
 
-def _rows(records: Iterable[Record], number: int, step: int, make: RowMaker, recipe: Recipe) -> Iterator[Row]:
-    """The rows of records whose numbers are number, number + step, ..."""
-    for record in records:
-        if isinstance(record, str):
-            yield Row(number, make_key(number, {}, None), fault=record)
+def _converted(
+    raw: Iterable[RawRecord], convert: Converter, recipe: Recipe, *, first: int, step: int = 1
+) -> Iterator[SourceRecord]:
+    """Yields the converted records. Their numbers are first, first + step, ..."""
+    for number, fields in zip(count(first, step), raw, strict=False):
+        if isinstance(fields, Unreadable):
+            yield SourceRecord(number, make_key(number, {}, None), fault=fields.reason)
+            continue
+        try:
+            key = make_key(number, fields, recipe.key)
+        except RecordFault as fault:
+            yield SourceRecord(number, make_key(number, {}, None), fault=str(fault))
         else:
-            try:
-                key = make_key(number, record, recipe.key)
-            except RowFault as fault:
-                yield Row(number, make_key(number, {}, None), fault=str(fault))
-            else:
-                yield make_row(number, key, record, make, recipe.group_by)
-        number += step
+            yield make_record(number, key, fields, convert=convert, group_by=recipe.group_by)
 
 
 def _survey(source: str, kind: str) -> tuple[list[str], int]:
-    """Columns (of a JSON file: of all its records) and number of rows."""
+    """The columns (of a JSON file, the fields of all its records) and the number of records."""
     if kind == "parquet":
         with fsspec.open(source, "rb") as stream, pq.ParquetFile(stream) as table:
             return table.schema_arrow.names, table.metadata.num_rows
     columns: dict[str, None] = {}
-    count = 0
+    num_records = 0
     first_fault = None
-    for record in _records(source, kind, 0):
-        if isinstance(record, str):
-            first_fault = first_fault or f"row {count}: {record}"
+    for record in _raw_records(source, kind, 0):
+        if isinstance(record, Unreadable):
+            first_fault = first_fault or f"record {num_records}: {record.reason}"
         else:
             columns.update(dict.fromkeys(record))
-        count += 1
-    if count and not columns:
-        raise BadInputError(f"{source}: no row can be read; {first_fault}")
-    return list(columns), count
+        num_records += 1
+    if num_records and not columns:
+        raise BadInputError(f"{source}: no record can be read; {first_fault}")
+    return list(columns), num_records
 
 
-def _records(source: str, kind: str, start: int) -> Iterator[Record]:
-    """Yields each record from number `start` on."""
+def _raw_records(source: str, kind: str, start: int) -> Iterator[RawRecord]:
+    """Yields the records from number `start` on."""
     with fsspec.open(source, "rb") as stream:
         if kind == "parquet":
             yield from _parquet_records(stream, start)
             return
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        records: Iterator[Record]
+        records: Iterator[RawRecord]
         if kind == "jsonl":
             records = (_json_record(line) for line in text if line.strip())
         elif kind == "json":
@@ -193,8 +217,8 @@ def _records(source: str, kind: str, start: int) -> Iterator[Record]:
         yield from islice(records, start, None)
 
 
-def _parquet_records(stream: IO[bytes], start: int) -> Iterator[Record]:
-    """Row groups before `start` are not read."""
+def _parquet_records(stream: IO[bytes], start: int) -> Iterator[RawRecord]:
+    """Yields the records from number `start` on. Row groups before it are not read."""
     with pq.ParquetFile(stream) as table:
         groups = list(range(table.num_row_groups))
         while groups and table.metadata.row_group(groups[0]).num_rows <= start:
@@ -204,84 +228,99 @@ def _parquet_records(stream: IO[bytes], start: int) -> Iterator[Record]:
             yield from islice((record for batch in batches for record in batch.to_pylist()), start, None)
 
 
-def _csv_records(source: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[Record]:
+def _csv_records(source: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[RawRecord]:
+    """Yields the records of a CSV. Raises BadInputError if two columns have the same name."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(text, delimiter=delimiter)
     header = next(reader, [])
     if len(set(header)) != len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise BadInputError(f"{source}: two columns are named {twice!r}; rename one")
+        repeated = next(name for name in header if header.count(name) > 1)
+        raise BadInputError(f"{source}: two columns are named {repeated!r}; rename one")
     for fields in reader:
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True))
         elif fields:
-            yield f"{len(fields)} fields, the header has {len(header)}"
+            yield Unreadable(f"{len(fields)} fields, the header has {len(header)}")
 
 
 def _integer(digits: str) -> int | str:
-    """Python reads no number of more than 4,300 digits (CVE-2020-10735); one of so many stays text."""
+    """The number; the digits as text if there are more than 4000: Python 3.11's int() refuses more than 4300
+    (CVE-2020-10735).
+    """
     return int(digits) if len(digits) <= 4000 else digits
 
 
 _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def _json_record(line: str) -> Record:
+def _json_record(line: str) -> RawRecord:
+    """The record on one line of a JSONL file."""
     try:
-        record = _DECODER.decode(line)
+        value = _DECODER.decode(line)
     except json.JSONDecodeError as error:
-        return f"not JSON ({error})"
+        return Unreadable(f"not JSON ({error})")
     except RecursionError:
-        return "JSON that is nested too deeply"
-    return record if isinstance(record, dict) else f"JSON of type {type(record).__name__}, not an object"
+        return Unreadable("JSON that is nested too deeply")
+    return _json_fields(value)
 
 
-def _json_array(text: io.TextIOWrapper) -> Iterator[Record]:
-    """Yields the elements of one JSON list without holding the list: such files have gigabytes."""
+def _json_fields(value: object) -> RawRecord:
+    if isinstance(value, dict):
+        return value
+    return Unreadable(f"JSON of type {type(value).__name__}, not an object")
+
+
+def _json_array(text: io.TextIOWrapper) -> Iterator[RawRecord]:
+    """Yields the elements of one JSON list without keeping them: such files can have gigabytes.
+
+    ijson 3.6 (its yajl2_c backend) is no faster (1.3 s for a list of 200 MB, 1.4 s here) and needs no less
+    memory, but it refuses NaN, which `json.dump` writes, and integers of more than 64 bits, and it silently
+    replaces lone surrogates by "?".
+    """
     buffer = text.read(2**20).lstrip()
     if not buffer.startswith("["):
         wanted = "not a list of records; one record a line goes into a .jsonl file"
         raise json.JSONDecodeError(wanted, buffer[:20], 0)
-    place = 1
+    position = 1
     while True:
-        while place < len(buffer) and buffer[place] in " \t\r\n,":
-            place += 1
-        if buffer.startswith("]", place):
+        while position < len(buffer) and buffer[position] in " \t\r\n,":
+            position += 1
+        if buffer.startswith("]", position):
             return
         try:
-            record, place = _DECODER.raw_decode(buffer, place)
+            value, position = _DECODER.raw_decode(buffer, position)
         except RecursionError as error:
-            raise json.JSONDecodeError("nested too deeply", buffer[place : place + 20], 0) from error
-        except json.JSONDecodeError:  # cut by the end of the buffer, or really none
-            more = text.read(max(2**20, len(buffer) - place))
+            raise json.JSONDecodeError("nested too deeply", buffer[position : position + 20], 0) from error
+        except json.JSONDecodeError:  # either the buffer ends within the element, or it is not JSON
+            more = text.read(max(2**20, len(buffer) - position))
             if not more:
                 raise
-            buffer, place = buffer[place:] + more, 0
+            buffer, position = buffer[position:] + more, 0
             continue
-        yield record if isinstance(record, dict) else f"JSON of type {type(record).__name__}, not an object"
+        yield _json_fields(value)
 
 
 def _open_folder(source: str, recipe: Recipe) -> Source:
-    """Pictures in folders, each a record; or the table in the folder that names them."""
+    """Images in folders, each one a record; or the table in the folder that names its images."""
     filesystem, root = _filesystem(source)
     for name in _METADATA:
         if filesystem.exists(f"{root}/{name}"):
             table = f"{source.rstrip('/')}/{name}"
             return _open_table(table, _SUFFIXES[Path(name).suffix], recipe, images="file_name")
     found = sorted(path.removeprefix(root).lstrip("/") for path in filesystem.find(root))
-    names = [name for name in found if Path(name).suffix.lower() in _PICTURES]
+    names = [name for name in found if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
     if not names:
         raise BadInputError(
-            f"{source}: no pictures ({', '.join(sorted(_PICTURES))}) and no {_METADATA[0]} in it"
+            f"{source}: no images ({', '.join(sorted(_IMAGE_SUFFIXES))}) and no {_METADATA[0]} in it"
         )
     texts = {str(Path(name).with_suffix(".txt")) for name in names} & set(found)
     digest = hashlib.sha256("\n".join(names).encode())
-    for name in sorted(texts):  # a caption that was edited makes another data set; strange files make none
+    for name in sorted(texts):  # an edited caption makes another dataset; unrelated files do not
         digest.update(f"\n{name}\n".encode() + filesystem.cat_file(f"{root}/{name}"))
-    named = Recipe(**{**recipe.__dict__, "images": recipe.images or ("image",)})
-    make = row_maker(source, ["image", "label", "caption"], named)
+    named = replace(recipe, images=recipe.images or ("image",))
+    convert = find_converter(source, ["image", "label", "caption"], named)
 
-    def records(chosen: list[str]) -> Iterator[Record]:
+    def raw_records(chosen: list[str]) -> Iterator[RawRecord]:
         for name in chosen:
             caption = str(Path(name).with_suffix(".txt"))
             text = (
@@ -291,17 +330,19 @@ def _open_folder(source: str, recipe: Recipe) -> Source:
             )
             yield {"image": name, "label": Path(name).parent.name or None, "caption": text}
 
-    def rows(spans: Sequence[Span]) -> Iterator[Row]:
+    def records(spans: Sequence[Span]) -> Iterator[SourceRecord]:
         for first, end in spans:
-            yield from _rows(records(names[first:end]), first, 1, make, named)
+            yield from _converted(raw_records(names[first:end]), convert, named, first=first)
 
     base = source.rstrip("/") if "://" in source else str(Path(source).resolve())
-    return Source(source, base, len(names), digest.hexdigest(), rows)
+    return Source(source, base, len(names), sha256=digest.hexdigest(), records=records)
 
 
 def _open_hf(source: str, recipe: Recipe) -> Source:
-    """A dataset through `datasets`, streamed: nothing is stored beside the shards. All of a build is of one
-    revision: the commit that the hub has for the asked one is what is read, recorded, and gone on with.
+    """A dataset streamed through `datasets`, so that nothing but the shards is stored.
+
+    All of a build reads one revision: the hub's commit for the requested revision is recorded in the name of
+    the source, and an interrupted build resumes with it.
     """
     name, _, split = source.removeprefix(HF_PREFIX).partition("#")
     name, _, revision = name.partition("@")
@@ -317,50 +358,54 @@ def _open_hf(source: str, recipe: Recipe) -> Source:
                 stream = stream.cast_column(column, datasets.Image(decode=False))
             elif isinstance(getattr(feature, "feature", None), datasets.Image):
                 stream = stream.cast_column(column, datasets.List(datasets.Image(decode=False)))
-    except Exception as error:  # whatever a hub, a network or a loader raises
+    except Exception as error:  # a hub, a network or a loader may raise anything
         raise BadInputError(f"{source}: cannot be loaded by `datasets` ({first_line(error)})") from error
     if first is None:
-        raise BadInputError(f"{source}: no rows; nothing to build")
-    make = row_maker(source, list(features) or list(first), recipe)
+        raise BadInputError(f"{source}: no records; nothing to build")
+    convert = find_converter(source, list(features) or list(first), recipe)
 
-    def part(task: int, tasks: int, start: int) -> Iterator[Row]:
-        """Whole files go to the tasks where there are enough; else every task skips the others' rows."""
+    def part(task: int, tasks: int, start: int) -> Iterator[SourceRecord]:
+        """Each task reads whole files if there are enough; otherwise it skips the records of other tasks."""
         if tasks == 1:
-            return _rows(_guarded(source, stream.skip(start)), start, 1, make, recipe)
+            return _converted(_guarded(source, stream.skip(start)), convert, recipe, first=start)
         if stream.num_shards >= tasks:
             mine = stream.shard(num_shards=tasks, index=task, contiguous=False).skip(start)
         else:
             mine = islice(iter(stream), task + start * tasks, None, tasks)
-        return _rows(_guarded(source, mine), task + start * tasks, tasks, make, recipe)
+        number = task + start * tasks
+        return _converted(_guarded(source, mine), convert, recipe, first=number, step=tasks)
 
-    def rows(spans: Sequence[Span]) -> Iterator[Row]:
+    def records(spans: Sequence[Span]) -> Iterator[SourceRecord]:
         for first, end in spans:
             yield from islice(part(0, 1, first), end - first)
 
     content = _files_digest(Path(name)) if commit is None else commit
     identity = f"{name}@{content}#{split or 'train'}"
     pinned = f"{HF_PREFIX}{name}{f'@{commit}' if commit else ''}#{split or 'train'}"
-    return Source(pinned, name, None, hashlib.sha256(identity.encode()).hexdigest(), rows, part)
+    sha256 = hashlib.sha256(identity.encode()).hexdigest()
+    return Source(pinned, name, None, sha256=sha256, records=records, part=part)
 
 
 def _commit(name: str, revision: str | None) -> str | None:
-    """The commit that `revision` of a data set is on the hub: a branch, tag or commit; None: the main one."""
+    """The hub's commit for `revision` of a dataset: a branch, tag or commit; None: the default branch."""
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(name, revision=revision).sha
 
 
-def _files_digest(place: Path) -> str:
-    """Of the names and sizes of what lies in a local data set, a directory or a file."""
-    found = [place] if place.is_file() else place.rglob("*")
+def _files_digest(path: Path) -> str:
+    """The sha256, in hex, of the names and sizes of the files of a local dataset, a directory or one file."""
+    found = [path] if path.is_file() else path.rglob("*")
     files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
-    listed = [(str(file.relative_to(place)), file.stat().st_size) for file in files]
+    listed = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
     return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
-def _guarded(source: str, records: Iterable[Record]) -> Iterator[Record]:
-    """The records; what a hub or a network raises on the way becomes a BadInputError."""
+def _guarded(source: str, records: Iterable[RawRecord]) -> Iterator[RawRecord]:
+    """Yields the records. Anything that a hub or a network raises meanwhile becomes a BadInputError."""
     try:
         yield from records
     except Exception as error:
-        raise BadInputError(f"{source}: reading stopped ({first_line(error)}); run again to go on") from error
+        raise BadInputError(
+            f"{source}: reading stopped ({first_line(error)}); run again to resume"
+        ) from error

@@ -32,7 +32,7 @@ from shards.partition import (
     partition_files,
 )
 from shards.prepare import Prepared, on_disk, prepare, prepare_all
-from shards.rows import Row
+from shards.source_records import SourceRecord
 from shards.sources import Span
 from shards.storage import Storage
 
@@ -58,7 +58,7 @@ class Work:
     name: str
     base: str
     prefix: str
-    records: Callable[[Sequence[Span]], Iterator[Row]]
+    records: Callable[[Sequence[Span]], Iterator[SourceRecord]]
     num_records: int | None = None
     partitions: range | None = None
     may_fail: int | None = None
@@ -135,7 +135,7 @@ def run_worker(
 class _Reader:
     """The records of a worker, with one read ahead, so that the last partition is known to be the last."""
 
-    def __init__(self, records: Iterator[Row]) -> None:
+    def __init__(self, records: Iterator[SourceRecord]) -> None:
         self._records = records
         self._next = next(records, None)
 
@@ -143,7 +143,7 @@ class _Reader:
     def at_end(self) -> bool:
         return self._next is None
 
-    def take(self, count: int) -> Iterator[Row]:
+    def take(self, count: int) -> Iterator[SourceRecord]:
         """Yields the next `count` records, or fewer at the end."""
         for _ in range(count):
             if self._next is None:
@@ -213,13 +213,13 @@ async def _write_partitions(
 
 
 async def _prepared(
-    records: Iterator[Row], base: str, fetcher: Fetcher, *, options: BuildOptions
+    records: Iterator[SourceRecord], base: str, fetcher: Fetcher, *, options: BuildOptions
 ) -> AsyncGenerator[list[Prepared], None]:
     """Yields the records in order, with their images fetched and checked, in batches."""
 
-    async def prepare_batch(batch: list[Row]) -> list[Prepared]:
+    async def prepare_batch(batch: list[SourceRecord]) -> list[Prepared]:
         if len(batch) == 1 and not on_disk(batch[0], base):
-            return [await prepare(batch[0], base, fetcher, options)]
+            return [await prepare(batch[0], base, fetcher, options=options)]
         return await prepare_all(batch, base, options)
 
     prepared = in_order(
@@ -245,9 +245,9 @@ def _fetch_options(options: BuildOptions) -> FetchOptions:
     )
 
 
-def _batches(records: Iterable[Row], base: str) -> Iterator[list[Row]]:
+def _batches(records: Iterable[SourceRecord], base: str) -> Iterator[list[SourceRecord]]:
     """The records in order: those with local images in batches, any other one alone."""
-    batch: list[Row] = []
+    batch: list[SourceRecord] = []
     for record in records:
         if not on_disk(record, base):
             if batch:
@@ -265,15 +265,15 @@ def _batches(records: Iterable[Row], base: str) -> Iterator[list[Row]]:
 
 def _weight(items: Sequence[Prepared]) -> int:
     """Bytes of image data that the items hold in memory."""
-    return sum(len(picture.fetched.data or b"") for item in items for picture in item.pictures)
+    return sum(len(image.fetched.data or b"") for item in items for image in item.images)
 
 
 def _without_duplicates(item: Prepared, seen: dict[bytes, int]) -> Prepared:
     """The item, marked as dropped if a record before it had the same images. Updates `seen`."""
-    if item.fault is not None or not item.pictures:
+    if item.fault is not None or not item.images:
         return item
-    first = seen.setdefault(image_digest([str(each.sha256) for each in item.pictures]), item.row.number)
-    if first == item.row.number:
+    first = seen.setdefault(image_digest([str(each.sha256) for each in item.images]), item.record.number)
+    if first == item.record.number:
         return item
     return replace(item, fault=f"duplicate: its images are those of row {first}", dropped=True)
 

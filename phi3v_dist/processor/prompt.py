@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shards.common.errors import BadInputError
-from shards.format.messages import CONTROL_TOKENS, IMAGE_TAG
+from shards.format.messages import IMAGE_TAG
+from shards.format.phi3 import PHI3_CONTROL_TOKENS
 
 IGNORE = -100
 # What ends a turn. "chat" is the published chat template; "seed" is the layout of the product fine-tuning
@@ -98,7 +99,7 @@ def encode(
 def check_text(messages: Sequence[dict[str, str]], pictures: int) -> None:
     """Raises BadInputError as `encode` does."""
     for place, message in enumerate(messages):
-        for control in CONTROL_TOKENS:
+        for control in PHI3_CONTROL_TOKENS:
             if control in message["content"]:
                 raise BadInputError(
                     f"message {place} holds the control token {control}; remove it from the text"

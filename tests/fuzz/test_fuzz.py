@@ -22,11 +22,12 @@ from PIL import Image
 
 from phi3v_dist.config import load_config
 from phi3v_dist.processor.image import decode_image, hd_tiles
-from phi3v_dist.processor.prompt import CONTROL_TOKENS, encode
+from phi3v_dist.processor.prompt import encode
 from shards.common.errors import BadInputError
 from shards.format.dataset import read_dataset_info
 from shards.format.index import read_index
 from shards.format.messages import check_messages
+from shards.format.phi3 import PHI3_CONTROL_TOKENS
 from shards.format.records import sample_json
 from shards.images import check_image
 from shards.index import IndexOptions, build_index
@@ -208,7 +209,7 @@ def test_messages_of_a_sample() -> None:
 
 def texts() -> st.SearchStrategy[str]:
     words = [
-        *CONTROL_TOKENS,
+        *PHI3_CONTROL_TOKENS,
         "<|image_1|>",
         "<|image_2|>",
         "<|image_0|>",

@@ -17,8 +17,8 @@ from shards.build import BuildOptions, build
 from shards.common.errors import BadInputError
 from shards.fetch import Fetched
 from shards.format.index import read_index
-from shards.prepare import Picture, Prepared, split_of
-from shards.rows import Row
+from shards.prepare import Prepared, PreparedImage, split_of
+from shards.source_records import SourceRecord
 from shards.storage import disk_errors
 from shards.verify import verify
 from tests.shards.conftest import Site, write_csv
@@ -146,8 +146,8 @@ def test_splits_hold_groups_together_and_stay_when_rows_are_added(
 
 def test_the_val_split_has_about_its_fraction() -> None:
     def item(number: int) -> Prepared:
-        picture = Picture("x", Fetched("x", b""), None, f"{number:064x}", None)
-        return Prepared(Row(number, "k"), (picture,), None)
+        image = PreparedImage("x", Fetched("x", b""), sha256=f"{number:064x}")
+        return Prepared(SourceRecord(number, "k"), (image,), None)
 
     counts = Counter(split_of(item(number), 0.1) for number in range(5000))
     assert 400 < counts["val"] < 600

@@ -43,7 +43,7 @@ def test_good_messages_pass() -> None:
         ([turn("user", "hi")], 0, "must end with the assistant"),
         ([REPLY], 0, "no user message"),
         ([turn("user", "hi"), turn("assistant", " ")], 0, "reply is empty"),
-        ([turn("user", "hi"), turn("assistant", "<|image_1|>")], 1, "stands in the assistant"),
+        ([turn("user", "hi"), turn("assistant", "<|image_1|>")], 1, "image tag in the assistant"),
         ([turn("user", "hi"), turn("system", "x"), REPLY], 0, "only the first"),
         ([{"role": "user", "content": None}, REPLY], 0, "not text"),
         ([{"role": "user"}, REPLY], 0, "role and content"),

@@ -11,17 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.common.errors import BadInputError
-from shards.rows import PRODUCT_COLUMNS, PRODUCT_PROMPT, Recipe, Row
+from shards.source_records import PRODUCT_COLUMNS, PRODUCT_PROMPT, Recipe, SourceRecord
 from shards.sources import ALL, open_source
 from tests.shards.conftest import write_csv
 
 ASK = Recipe(images=("image",), prompt="What is {name}?", answer="{price} {{EUR}}")
 
 
-def rows_of(path: Path, recipe: Recipe) -> list[Row]:
+def rows_of(path: Path, recipe: Recipe) -> list[SourceRecord]:
     source = open_source(str(path), recipe)
-    rows = list(source.rows([ALL]))
-    assert len(rows) == source.num_rows
+    rows = list(source.records([ALL]))
+    assert len(rows) == source.num_records
     return rows
 
 
@@ -36,10 +36,10 @@ def test_a_table_is_filled_into_the_templates(tmp_path: Path) -> None:
     )
     good, bad = rows_of(path, ASK)
     assert good.images == ("a.jpg",) and good.fault is None and good.key == "00000000"
-    assert good.messages == [
+    assert good.messages == (
         {"role": "user", "content": "<|image_1|>\nWhat is Ä thing?"},
         {"role": "assistant", "content": "5 {EUR}"},
-    ]
+    )
     assert good.meta == {"image": "a.jpg", "name": "Ä thing", "price": "5"}
     assert bad.fault == "column 'name' is empty"
 
@@ -47,7 +47,7 @@ def test_a_table_is_filled_into_the_templates(tmp_path: Path) -> None:
 def test_rows_go_on_in_the_middle(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [(f"{n}.jpg", n, n) for n in range(9)])
     source = open_source(str(path), ASK)
-    assert list(source.rows([(6, ALL[1])])) == list(source.rows([ALL]))[6:]
+    assert list(source.records([(6, ALL[1])])) == list(source.records([ALL]))[6:]
 
 
 def test_parquet_with_lists_and_dates(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_one_bad_record_is_one_bad_row(tmp_path: Path) -> None:
     )
     rows = rows_of(path, Recipe())
     faults = [
-        None, "no list of conversations", "which is no character", "control token <|end|>",
-        "nested too deeply", None, "which is no character",
+        None, "no list of conversations", "which is not a character", "control token <|end|>",
+        "nested too deeply", None, "which is not a character",
     ]  # fmt: skip
     for row, fault in zip(rows, faults, strict=True):
         assert row.fault is None if fault is None else fault in (row.fault or ""), (row.fault, fault)
@@ -177,13 +177,13 @@ def test_a_folder_whose_table_has_messages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        (Recipe(("picture",), "{name}", "{price}"), "no column 'picture' .asked for by images."),
+        (Recipe(("picture",), "{name}", "{price}"), "no column 'picture' .named by images."),
         (Recipe(("image",), "{nane}", "{price}"), "no column 'nane' .* did you mean 'name'"),
         (Recipe(("image",), "{name", "{price}"), "write {{ and }} for braces"),
         (Recipe(("image",), "{name!r}", "{price}"), "only plain {column} fields"),
         (Recipe(("image",), "{name}"), "an answer template is needed"),
         (Recipe(), "a prompt template is needed: these are neither messages"),
-        (Recipe(("image",), "{name}", "{price}", key="code"), "no column 'code' .asked for by key."),
+        (Recipe(("image",), "{name}", "{price}", key="code"), "no column 'code' .named by key."),
     ],
 )
 def test_recipes_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, recipe: Recipe, words: str) -> None:
@@ -200,12 +200,12 @@ def test_files_that_are_no_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.csv").write_text("a,a\n1,2\n")
     for name, words in [
         ("none.csv", "no such file"),
-        ("empty.csv", "no rows; nothing to build"),
+        ("empty.csv", "no records; nothing to build"),
         ("bad.parquet", "not a readable parquet file"),
         ("bad.csv", "not a readable csv file"),
         ("twice.csv", "two columns are named 'a'"),
         ("t.xlsx", "a .xlsx file; sources are"),
-        ("", "no pictures .* and no metadata.csv in it"),
+        ("", "no images .* and no metadata.csv in it"),
     ]:
         with pytest.raises(BadInputError, match=words):
             open_source(str(tmp_path / name), ASK)
@@ -221,7 +221,7 @@ def test_a_row_of_other_length_is_a_bad_row(tmp_path: Path) -> None:
         "column 'price' is empty",
         "column 'image' holds no image path or URL (found: NoneType)",
     ]
-    with pytest.raises(BadInputError, match="no row can be read; row 0: not JSON"):
+    with pytest.raises(BadInputError, match="no record can be read; record 0: not JSON"):
         open_source(str(jsonl(tmp_path / "bad.jsonl", "{", "{")), ASK)
 
 
@@ -296,10 +296,14 @@ def test_a_hugging_face_dataset_with_pictures_in_it(tmp_path: Path, picture: Cal
     columns = {"photo": [{"bytes": picture(n), "path": None} for n in range(3)], "name": ["a", "b", None]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train.parquet"))
     source = open_source(f"hf:{tmp_path}", Recipe(("photo",), "?", "{name}"))
-    rows = list(source.rows([ALL]))
-    assert source.num_rows is None and [row.fault for row in rows] == [None, None, "column 'name' is empty"]
+    rows = list(source.records([ALL]))
+    assert source.num_records is None and [row.fault for row in rows] == [
+        None,
+        None,
+        "column 'name' is empty",
+    ]
     assert rows[1].images == (picture(1),) and rows[1].meta == {"name": "b"}
-    assert list(source.rows([(1, ALL[1])])) == rows[1:]
+    assert list(source.records([(1, ALL[1])])) == rows[1:]
     with pytest.raises(BadInputError, match="cannot be loaded by `datasets`") as caught:
         open_source(f"hf:{tmp_path}#test", Recipe(("photo",), "?", "{name}"))
     assert "\n" not in str(caught.value)
@@ -311,5 +315,5 @@ def test_meta_can_be_chosen_and_renamed(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [("a.jpg", "x", 1)])
     (row,) = rows_of(path, Recipe(("image",), "?", "{name}", meta=(("title", "name"), ("price", "price"))))
     assert row.meta == {"title": "x", "price": "1"}
-    with pytest.raises(BadInputError, match="no column 'cost' .asked for by meta."):
+    with pytest.raises(BadInputError, match="no column 'cost' .named by meta."):
         open_source(str(path), Recipe(("image",), "?", "{name}", meta=(("price", "cost"),)))

@@ -15,7 +15,7 @@ import pytest
 
 from shards.build import BuildOptions, build, build_task, close_tasks, retry_failed, waits_for_close
 from shards.common.errors import BadInputError
-from shards.rows import Recipe
+from shards.source_records import Recipe
 from shards.sources import ALL, open_source
 from shards.verify import verify
 
@@ -177,17 +177,17 @@ def test_spans_of_a_source_are_its_rows(tmp_path: Path, table: Callable[..., Pat
         source.unlink()
         source, recipe = source.parent, Recipe((), "?", "{label}")
     opened = open_source(str(source), recipe)
-    rows = list(opened.rows([ALL]))
+    rows = list(opened.records([ALL]))
     assert [row.number for row in rows] == list(range(23))
     for spans in ([(0, 5), (5, 6)], [(3, 9), (17, 23)], [(22, 23)], [(1, 2), (9, 10), (11, 12)]):
-        assert list(opened.rows(spans)) == [row for first, end in spans for row in rows[first:end]]
+        assert list(opened.records(spans)) == [row for first, end in spans for row in rows[first:end]]
 
 
 def test_the_parts_of_a_stream_are_disjoint_and_everything(tmp_path: Path) -> None:
     columns = {"image": [f"{n}.jpg" for n in range(23)], "name": [f"n{n}" for n in range(23)]}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=4)
     source = open_source(f"hf:{tmp_path}", Recipe(("image",), "?", "{name}"))
-    assert source.part is not None and source.num_rows is None
+    assert source.part is not None and source.num_records is None
     for tasks in (1, 2, 3, 30):
         parts = [list(source.part(task, tasks, 0)) for task in range(tasks)]
         numbers = [row.number for part in parts for row in part]
