@@ -95,17 +95,24 @@ def _subschema(names: Sequence[str]) -> pa.Schema:
 
 def records_table(records: Sequence[SampleRecord]) -> pa.Table:
     """The records as a table of INDEX_SCHEMA, in their order."""
-    columns = {
-        "key": [record.key for record in records],
-        "split": [record.split for record in records],
-        "shard": [record.shard for record in records],
-        "offset": [record.offset for record in records],
-        "length": [record.length for record in records],
-        "images": [[_image_struct(image) for image in record.images] for record in records],
-        "messages": [list(record.messages) for record in records],
-        "meta": [record.meta for record in records],
-    }
-    return pa.Table.from_pydict(columns, INDEX_SCHEMA)
+    names = INDEX_SCHEMA.names
+    rows = [
+        {
+            **{name: getattr(record, name) for name in names},
+            "images": [
+                {
+                    "member": image.member,
+                    "offset": image.offset,
+                    "length": image.length,
+                    "width": image.width,
+                    "height": image.height,
+                }
+                for image in record.images
+            ],
+        }
+        for record in records
+    ]
+    return pa.Table.from_pylist(rows, INDEX_SCHEMA)
 
 
 def table_records(table: pa.Table) -> list[SampleRecord]:
@@ -122,13 +129,3 @@ def table_records(table: pa.Table) -> list[SampleRecord]:
         )
         for row in table.to_pylist()
     ]
-
-
-def _image_struct(image: ImageRef) -> dict[str, str | int]:
-    return {
-        "member": image.member,
-        "offset": image.offset,
-        "length": image.length,
-        "width": image.width,
-        "height": image.height,
-    }

@@ -39,7 +39,7 @@ def ledger(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
 
 
-def test_rows_become_samples_with_their_bytes_kept(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_records_become_samples_with_their_bytes_kept(tmp_path: Path, table: Callable[..., Path]) -> None:
     source = table(25)
     info = build(str(source), str(tmp_path / "out"), changed(val_fraction=0.3))
     rows = read_index(str(tmp_path / "out")).to_pylist()
@@ -80,7 +80,9 @@ def test_a_shard_is_closed_before_it_grows_past_its_size(tmp_path: Path, table: 
     assert verify(str(tmp_path / "out"), decode=1).faults == ()
 
 
-def test_every_bad_row_of_a_bad_site_is_in_the_ledger_and_nothing_hangs(tmp_path: Path, site: Site) -> None:
+def test_every_bad_record_of_a_bad_site_is_in_the_ledger_and_nothing_hangs(
+    tmp_path: Path, site: Site
+) -> None:
     kinds = ["ok"] * 60 + ["flaky", "slow", "busy", "mislabelled", "moved"] * 4
     bad = {
         "gone": "HTTP 404",
@@ -110,7 +112,7 @@ def test_every_bad_row_of_a_bad_site_is_in_the_ledger_and_nothing_hangs(tmp_path
     assert verify(str(tmp_path / "out"), decode=1).faults == ()
 
 
-def test_too_many_failures_end_the_build_early_and_the_same_command_goes_on(
+def test_too_many_failures_end_the_build_early_and_the_same_command_resumes(
     tmp_path: Path, site: Site
 ) -> None:
     rows = [(f"{site.url}/{'gone' if n >= 20 else 'ok'}-{n}", n, n) for n in range(100)]
@@ -122,10 +124,10 @@ def test_too_many_failures_end_the_build_early_and_the_same_command_goes_on(
     assert not (tmp_path / "out/dataset.json").exists() and len(ledger(tmp_path / "out")) == 26
     site.mended = True
     assert build(str(source), str(tmp_path / "out"), options).num_samples == 100
-    assert all(site.requests[f"/ok-{n}"] == 1 for n in range(20))  # finished windows are not fetched again
+    assert all(site.requests[f"/ok-{n}"] == 1 for n in range(20))  # finished partitions are not fetched again
 
 
-def test_splits_hold_groups_together_and_stay_when_rows_are_added(
+def test_splits_hold_groups_together_and_stay_when_records_are_added(
     tmp_path: Path, picture: Callable[..., bytes]
 ) -> None:
     (tmp_path / "1.jpg").write_bytes(picture(1))
@@ -208,7 +210,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(tmp_path: Path, table: Call
     assert not (tmp_path / "new").exists()
 
 
-def test_no_usable_row_is_refused(tmp_path: Path) -> None:
+def test_no_usable_record_is_refused(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "t.csv", ("image", "name", "price"), [("none.jpg", 1, 1)])
     with pytest.raises(
         BadInputError,
@@ -246,7 +248,9 @@ def test_two_builds_in_one_directory_at_once_are_refused(tmp_path: Path, table: 
     assert build(str(source), str(tmp_path / "out"), ASK, progress=second).num_samples == 30
 
 
-def test_progress_counts_the_rows_of_an_earlier_call_too(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_progress_counts_the_records_of_an_earlier_call_too(
+    tmp_path: Path, table: Callable[..., Path]
+) -> None:
     source = table(30)
 
     def stop(done: int, total: int) -> None:
@@ -285,7 +289,7 @@ def test_duplicates_are_dropped_and_named_also_after_a_kill(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_images_made_anew_are_so_in_the_ledger(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_reencoded_images_are_marked_in_the_ledger(tmp_path: Path, table: Callable[..., Path]) -> None:
     source = str(table(4))
     for name in ("out", "again"):
         build(source, str(tmp_path / name), changed(reencode="webp:80"))
@@ -306,7 +310,7 @@ def test_large_images_are_made_smaller_if_asked(tmp_path: Path, table: Callable[
     assert verify(str(tmp_path / "out"), decode=1).faults == ()
 
 
-def test_a_source_of_unknown_length_is_built_and_goes_on(
+def test_a_source_of_unknown_length_is_built_and_resumed(
     tmp_path: Path, picture: Callable[..., bytes]
 ) -> None:
     import datasets
@@ -330,12 +334,12 @@ def test_a_source_of_unknown_length_is_built_and_goes_on(
 
 
 @pytest.mark.parametrize("out", ["a set [1]", "file://a%20set"])
-def test_a_place_may_have_any_name(tmp_path: Path, table: Callable[..., Path], out: str) -> None:
+def test_an_output_directory_may_have_any_name(tmp_path: Path, table: Callable[..., Path], out: str) -> None:
     place = tmp_path / out.removeprefix("file://").replace("%20", " ")
     asked = str(place) if "file" not in out else place.as_uri()
     build(str(table(4)), asked, ASK)
     assert len(read_index(str(place))) == 4 and verify(str(place), decode=1).faults == ()
-    assert build(str(tmp_path / "source/table.csv"), asked, ASK).num_samples == 4, "goes on where it was"
+    assert build(str(tmp_path / "source/table.csv"), asked, ASK).num_samples == 4, "the same command resumes"
 
 
 def test_what_cannot_be_read_is_not_called_a_full_disk(tmp_path: Path) -> None:
@@ -344,7 +348,7 @@ def test_what_cannot_be_read_is_not_called_a_full_disk(tmp_path: Path) -> None:
             (tmp_path / file).read_bytes()
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path, table: Callable[..., Path]) -> None:
     """A file size limit stands in for the full disk: the same error comes from the same call."""
     code = (
         "import resource, signal, sys; from shards.build import BuildOptions, build\n"

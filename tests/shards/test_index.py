@@ -20,7 +20,7 @@ Picture = Callable[..., bytes]
 
 
 def write_tars(root: Path, shards: dict[str, list[dict[str, Any]]]) -> Path:
-    """Through webdataset's own writer, which sorts the members of a sample: the picture before the JSON."""
+    """Through webdataset's own writer, which sorts the members of a sample: the image before the JSON."""
     from webdataset.writer import TarWriter
 
     root.mkdir(exist_ok=True)
@@ -97,7 +97,7 @@ def test_bad_samples_are_in_the_ledger_and_counted(tmp_path: Path, picture: Pict
     assert verify(str(root), decode=1).faults == ()
 
 
-def test_the_pictures_that_a_sample_names_must_be_there(tmp_path: Path, picture: Picture) -> None:
+def test_the_images_that_a_sample_names_must_be_there(tmp_path: Path, picture: Picture) -> None:
     def talk(count: int) -> list[dict[str, str]]:
         return [{"role": "user", "content": "<image>" * count + "?"}, {"role": "assistant", "content": "x"}]
 
@@ -129,7 +129,7 @@ def test_the_pictures_that_a_sample_names_must_be_there(tmp_path: Path, picture:
     assert "1 image(s) named, the tar has 0" in (root / "ledger/part-000000.jsonl").read_text()
 
 
-def test_stopped_half_way_it_goes_on_with_the_same_result(
+def test_stopped_half_way_it_resumes_with_the_same_result(
     tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = {f"{name}.tar": captioned(picture, 0, 3) for name in "abc"}

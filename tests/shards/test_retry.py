@@ -1,4 +1,4 @@
-"""Rows that failed are tried again, and only they; killed in the middle, it goes on."""
+"""Failed records are tried again, and only they; killed in the middle, a round is resumed."""
 
 import json
 from collections.abc import Callable
@@ -30,28 +30,28 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_after_repair_exactly_the_failed_rows_are_fetched(tmp_path: Path, site: Site) -> None:
+def test_after_repair_exactly_the_failed_records_are_fetched(tmp_path: Path, site: Site) -> None:
     source, out = str(hostile_table(tmp_path, site)), str(tmp_path / "out")
     first = build(source, out, ASK)
     assert first.num_samples == 30 and len(failed_records(tmp_path / "out")) == 20
     site.requests.clear()
-    again = retry_failed(source, out, ASK)  # nothing is mended: nothing changes but the count of rounds
+    again = retry_failed(source, out, ASK)  # nothing is fixed: nothing changes but the count of rounds
     assert again.num_samples == 30 and set(site.requests.values()) == {1} and len(site.requests) == 20
     site.mended = True
     site.requests.clear()
-    mended = retry_failed(source, out, ASK)
+    fixed = retry_failed(source, out, ASK)
     assert sorted(site.requests) == sorted(
         f"/{'gone' if n % 5 == 1 else 'html'}-{n}" for n in range(50) if n % 5 in (1, 3)
     )
-    assert mended.num_samples == 50 and len({first.fingerprint, again.fingerprint, mended.fingerprint}) == 2
+    assert fixed.num_samples == 50 and len({first.fingerprint, again.fingerprint, fixed.fingerprint}) == 2
     assert sorted(read_index(out)["key"].to_pylist()) == [f"{n:08d}" for n in range(50)]
     assert not failed_records(tmp_path / "out") and failure_reasons(tmp_path / "out") == {}
     assert verify(out, decode=1).faults == ()
     site.requests.clear()
-    assert retry_failed(source, out, ASK) == mended and not site.requests
+    assert retry_failed(source, out, ASK) == fixed and not site.requests
 
 
-def test_a_row_that_arrives_late_is_still_a_duplicate(tmp_path: Path, site: Site) -> None:
+def test_a_record_that_arrives_late_is_still_a_duplicate(tmp_path: Path, site: Site) -> None:
     (tmp_path / "one.jpg").write_bytes(site.good)
     rows = [("one.jpg", "a"), ("two.jpg", "b"), ("three.jpg", "c")]
     source = str(write_csv(tmp_path / "table.csv", ("image", "name"), rows))
@@ -63,7 +63,7 @@ def test_a_row_that_arrives_late_is_still_a_duplicate(tmp_path: Path, site: Site
     assert failed_records(tmp_path / "out") == set()
 
 
-def test_a_split_does_not_depend_on_when_a_row_arrived(tmp_path: Path, site: Site) -> None:
+def test_a_split_does_not_depend_on_when_a_record_arrived(tmp_path: Path, site: Site) -> None:
     source = str(hostile_table(tmp_path, site))
     build(source, str(tmp_path / "late"), ASK)
     site.mended = True
@@ -76,7 +76,7 @@ def test_a_split_does_not_depend_on_when_a_row_arrived(tmp_path: Path, site: Sit
     assert splits[0] == splits[1]
 
 
-def test_stopped_in_the_middle_of_a_round_it_goes_on(tmp_path: Path, site: Site) -> None:
+def test_stopped_in_the_middle_of_a_round_it_resumes(tmp_path: Path, site: Site) -> None:
     source = str(hostile_table(tmp_path, site))
     for name in ("whole", "stopped"):
         build(source, str(tmp_path / name), ASK)
@@ -94,7 +94,7 @@ def test_stopped_in_the_middle_of_a_round_it_goes_on(tmp_path: Path, site: Site)
         read_dataset_info(str(tmp_path / "stopped"))
     site.requests.clear()
     retry_failed(source, str(tmp_path / "stopped"), ASK)
-    assert len(site.requests) == 10  # the second window of the round alone
+    assert len(site.requests) == 10  # the second partition of the round alone
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 

@@ -92,7 +92,7 @@ def test_tars_of_others_are_indexed_where_they_are(
         build_index(f"{s3}/nothing", chosen, work_dir=work)
 
 
-def test_tasks_and_rows_tried_again_on_s3(s3: str, tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_tasks_and_records_tried_again_on_s3(s3: str, tmp_path: Path, table: Callable[..., Path]) -> None:
     source, url = table(22), f"{s3}/set"
     (source.parent / "7.jpg").rename(source.parent / "away")
     for task in (1, 0):

@@ -56,7 +56,7 @@ def test_a_store_gets_the_files_that_a_disk_gets(
         build(source, URL, options(tmp_path / "work", val_fraction=0.5))
 
 
-def test_another_machine_goes_on_behind_the_last_window(
+def test_another_machine_resumes_after_the_last_partition(
     store: Any, tmp_path: Path, table: Callable[..., Path]
 ) -> None:
     source = str(table(35))
@@ -73,7 +73,7 @@ def test_another_machine_goes_on_behind_the_last_window(
     assert seen == list(range(21, 36)) and in_store(store) == on_disk(tmp_path / "disk")
 
 
-def test_tasks_and_rows_tried_again(store: Any, tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_tasks_and_records_tried_again(store: Any, tmp_path: Path, table: Callable[..., Path]) -> None:
     source = table(12)
     hidden = source.parent / "7.jpg"
     hidden.rename(hidden.with_suffix(".away"))
@@ -85,7 +85,7 @@ def test_tasks_and_rows_tried_again(store: Any, tmp_path: Path, table: Callable[
     assert verify(URL, decode=1).faults == ()
 
 
-def test_tables_and_pictures_in_a_store(store: Any, tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_tables_and_images_in_a_store(store: Any, tmp_path: Path, table: Callable[..., Path]) -> None:
     source = table(6)
     store.put(f"{source.parent}/", "/bucket/source/", recursive=True)
     info = build("memory://bucket/source/table.csv", str(tmp_path / "out"), ASK)
@@ -95,7 +95,7 @@ def test_tables_and_pictures_in_a_store(store: Any, tmp_path: Path, table: Calla
     assert [path.read_bytes() for path in tars[0]] == [path.read_bytes() for path in tars[1]]
 
 
-def test_a_store_that_fails_is_said_in_one_line(
+def test_a_store_that_fails_is_reported_in_one_line(
     store: Any, tmp_path: Path, table: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from shards.verify import verify
 ASK = BuildOptions(("image",), "?", "{name}", shard_samples=5, val_fraction=0.3)
 
 
-def test_tasks_at_once_give_the_rows_of_one_build(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_tasks_at_once_give_the_records_of_one_build(tmp_path: Path, table: Callable[..., Path]) -> None:
     source, out = str(table(33)), str(tmp_path / "out")
     code = (
         "import sys; from shards.build import BuildOptions, build_task\n"
@@ -85,7 +85,9 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path, table: Callable[..., 
     assert not multiprocessing.active_children() and not (tmp_path / "out/dataset.json").exists()
 
 
-def test_what_a_process_finds_is_said_once_and_mended(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_an_error_of_a_process_is_reported_once_and_can_be_fixed(
+    tmp_path: Path, table: Callable[..., Path]
+) -> None:
     source = table(40)
     hidden = [source.parent / f"{n}.jpg" for n in range(20, 40)]
     for path in hidden:
@@ -108,7 +110,9 @@ def test_without_a_task_the_rest_of_the_tasks_is_built(tmp_path: Path, table: Ca
     assert files(Path(out)) == files(tmp_path / "one") and not waits_for_close(out)
 
 
-def test_tasks_drop_the_duplicates_among_their_own_rows(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_tasks_drop_the_duplicates_among_their_own_records(
+    tmp_path: Path, table: Callable[..., Path]
+) -> None:
     source, out = table(20), str(tmp_path / "out")
     for number in (3, 15, 19):
         (source.parent / f"{number}.jpg").write_bytes((source.parent / "1.jpg").read_bytes())
@@ -142,14 +146,14 @@ def test_one_task_of_one_is_the_whole_build(tmp_path: Path, table: Callable[...,
     assert not waits_for_close(out) and build(source, out, ASK).num_samples == 7
 
 
-def test_more_tasks_than_rows(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_more_tasks_than_records(tmp_path: Path, table: Callable[..., Path]) -> None:
     source, out = str(table(2)), str(tmp_path / "out")
     for task in range(5):
         build_task(source, out, ASK, task=task, tasks=5)
     assert close_tasks(out).num_samples == 2 and verify(out, decode=1).faults == ()
 
 
-def test_failed_rows_of_all_tasks_are_tried_again(tmp_path: Path, table: Callable[..., Path]) -> None:
+def test_failed_records_of_all_tasks_are_tried_again(tmp_path: Path, table: Callable[..., Path]) -> None:
     source, out = table(12), str(tmp_path / "out")
     options = BuildOptions(("image",), "?", "{name}", shard_samples=5, min_success=0.5)
     hidden = [source.parent / f"{n}.jpg" for n in (1, 7, 11)]
@@ -165,7 +169,7 @@ def test_failed_rows_of_all_tasks_are_tried_again(tmp_path: Path, table: Callabl
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "folder"])
-def test_spans_of_a_source_are_its_rows(tmp_path: Path, table: Callable[..., Path], kind: str) -> None:
+def test_spans_of_a_source_are_its_records(tmp_path: Path, table: Callable[..., Path], kind: str) -> None:
     source = table(23)
     recipe = Recipe(("image",), "?", "{name}")
     if kind == "parquet":
@@ -197,7 +201,9 @@ def test_the_parts_of_a_stream_are_disjoint_and_everything(tmp_path: Path) -> No
             assert list(source.part(task, tasks, 2)) == part[2:]
 
 
-def test_a_task_of_a_stream_fails_with_too_many_rows(tmp_path: Path, picture: Callable[..., bytes]) -> None:
+def test_a_task_of_a_stream_fails_with_too_many_bad_records(
+    tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
     import datasets
 
     features = datasets.Features({"photo": datasets.Image(), "name": datasets.Value("string")})
