@@ -50,6 +50,13 @@ def commands(page: Path) -> Iterator[str]:
                 yield " ".join(bare.split())
 
 
+def needs_ranks(command: str) -> bool:
+    """Commands that train or evaluate on ranks, and those that read what such a run has left."""
+    return not command.startswith(tuple(ELSEWHERE)) and (
+        command.startswith("phi3v launch local") or "--processes" in command or "runs/" in command
+    )
+
+
 def documented(elsewhere: bool) -> list[Any]:
     """Every command once, quick start first: the others use what it made. elsewhere: those that other tests
     run, or all but those.
@@ -60,7 +67,9 @@ def documented(elsewhere: bool) -> list[Any]:
         for command in commands(page):
             seen.setdefault(command, page.name)
     return [
-        pytest.param(command, id=f"{page}: {command}")
+        pytest.param(
+            command, id=f"{page}: {command}", marks=[pytest.mark.ranks] if needs_ranks(command) else []
+        )
         for command, page in seen.items()
         if command.startswith(tuple(ELSEWHERE)) is elsewhere
     ]

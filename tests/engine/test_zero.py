@@ -14,6 +14,8 @@ from phi3v_dist.model.hub import build_model, init_random_checkpoint, load_confi
 from phi3v_dist.processor.tokenizer import train_tokenizer
 from tests.ranks import finish, start
 
+pytestmark = pytest.mark.ranks
+
 RANKS = 2
 
 

@@ -30,6 +30,8 @@ from tests.conftest import tiny_tree
 from tests.ranks import finish, logged
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.ranks
+
 FAULTY = Path(__file__).with_name("faulty_rank.py")
 QUICK = ("eval.generate_samples=0", "eval.loss_samples=2", "train.steps=6")
 

@@ -19,6 +19,8 @@ from shards.index import IndexOptions, build_index
 from tests.conftest import tiny_tree
 from tests.ranks import finish, start_ranks
 
+pytestmark = pytest.mark.ranks
+
 QUICK = ["eval.generate_samples=0", "eval.loss_samples=2", "data.workers=1"]
 
 

@@ -31,6 +31,8 @@ from shards.common.errors import BadInputError
 from shards.format.index import read_index
 from tests.ranks import finish, logged, run_ranks, start_ranks
 
+pytestmark = pytest.mark.ranks
+
 
 def weights(target: Path) -> dict[str, torch.Tensor]:
     return dict(checkpoint.read_tensors(target))
