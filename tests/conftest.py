@@ -29,7 +29,7 @@ GUARD = str(Path(guard.__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([GUARD, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 SKIPS = {
-    "system package": "Slurm, munge, Chromium, a C compiler or root is missing; with PHI3V_REQUIRE_SYSTEM=1 a failure",
+    "system package": "Slurm, munge, Chromium, compiler or root missing; PHI3V_REQUIRE_SYSTEM=1 forbids it",
     "kubectl": "kubectl is missing; no distribution has it, so nothing requires it",
     "on request": "takes many minutes; an environment variable asks for it",
 }

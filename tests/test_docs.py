@@ -50,11 +50,12 @@ def commands(page: Path) -> Iterator[str]:
                 yield " ".join(bare.split())
 
 
-def needs_ranks(command: str) -> bool:
-    """Commands that train or evaluate on ranks, and those that read what such a run has left."""
-    return not command.startswith(tuple(ELSEWHERE)) and (
-        command.startswith("phi3v launch local") or "--processes" in command or "runs/" in command
-    )
+def marks_of(command: str) -> list[pytest.MarkDecorator]:
+    """`ranks` for commands that train or evaluate on ranks, and for those that read what they left."""
+    if command.startswith(tuple(ELSEWHERE)):
+        return []
+    ranks = command.startswith("phi3v launch local") or "--processes" in command or "runs/" in command
+    return [pytest.mark.ranks] if ranks or "model.path=" in command else []
 
 
 def documented(elsewhere: bool) -> list[Any]:
@@ -67,9 +68,7 @@ def documented(elsewhere: bool) -> list[Any]:
         for command in commands(page):
             seen.setdefault(command, page.name)
     return [
-        pytest.param(
-            command, id=f"{page}: {command}", marks=[pytest.mark.ranks] if needs_ranks(command) else []
-        )
+        pytest.param(command, id=f"{page}: {command}", marks=marks_of(command))
         for command, page in seen.items()
         if command.startswith(tuple(ELSEWHERE)) is elsewhere
     ]

@@ -1,4 +1,4 @@
-"""What tests/conftest.py and tests/guard hold: each case is a test file of its own, run by pytest beside them."""
+"""What tests/conftest.py and tests/guard hold: each case is a small test file that pytest runs with them."""
 
 import os
 import subprocess

@@ -22,7 +22,7 @@ def main() -> int:
     os.chdir(Path(__file__).parents[1])
     pytest = [sys.executable, "-m", "pytest", *sys.argv[1:]]
     workers = min(4, max(2, os.cpu_count() or 1))
-    # A file's tests stay on one worker, where they share fixtures. conftest.py has put the longest files first.
+    # A file's tests stay on one worker, where they share fixtures; conftest.py puts the longest files first.
     spread = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     if "--fast" in sys.argv:
         return subprocess.run([*pytest, *spread], check=False).returncode
