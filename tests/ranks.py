@@ -9,13 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+WARM = Path(__file__).with_name("warm.py")
+
 
 def start_ranks(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
     return start(ranks, "-m", "launch.cli.main", "train", str(config), *overrides)
 
 
 def start(ranks: int, *rank_command: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, str(WARM), "--standalone", f"--nproc-per-node={ranks}"]
     command += rank_command
     return subprocess.Popen(
         command,

@@ -42,7 +42,7 @@ def marker_needed(words: list[str]) -> str | None:
         for before, word in zip(words, words[1:], strict=False):
             if before == "-m" and MODULES.match(word):
                 return "ranks"
-            if word.endswith("/torchrun"):
+            if word.endswith(("/torchrun", "tests/warm.py")):
                 return "ranks"
     return None
 

@@ -27,7 +27,7 @@ from phi3v_dist.processor.tokenizer import load_tokenizer
 from phi3v_dist.replay import Place, describe, replay, row_loss
 from shards.common.errors import BadInputError
 from tests.conftest import tiny_tree
-from tests.ranks import finish, logged
+from tests.ranks import WARM, finish, logged
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ranks
@@ -48,7 +48,7 @@ class Job:
         self, ranks: int, faults: str, *overrides: str, options: tuple[str, ...] = ()
     ) -> subprocess.Popen[str]:
         self.began = time.time()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
+        command = [sys.executable, str(WARM), "--standalone", *options]
         command += [f"--nproc-per-node={ranks}", str(FAULTY), faults, "train", str(self.config)]
         return subprocess.Popen(
             [*command, *QUICK, f"name={self.name}", *overrides],
