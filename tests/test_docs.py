@@ -54,8 +54,10 @@ def marks_of(command: str) -> list[pytest.MarkDecorator]:
     """`ranks` for commands that train or evaluate on ranks, and for those that read what they left."""
     if command.startswith(tuple(ELSEWHERE)):
         return []
-    ranks = command.startswith("phi3v launch local") or "--processes" in command or "runs/" in command
-    return [pytest.mark.ranks] if ranks or "model.path=" in command else []
+    words = small(command)
+    starts = words[1:3] == ["launch", "local"] or "--processes" in words
+    reads = any(word in ("out", "verified") or "runs/" in word or "first-model" in word for word in words)
+    return [pytest.mark.ranks] if starts or reads else []
 
 
 def documented(elsewhere: bool) -> list[Any]:

@@ -88,7 +88,7 @@ if __name__ == "__main__":
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
     from torch.distributed.run import main
 
-    import launch.cli.main
+    import launch.cli.main  # noqa: F401
     import phi3v_dist.train.loop  # noqa: F401
 
     SubprocessHandler._popen = fork_rank

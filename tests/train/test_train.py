@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 
 from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.checkpoint.restore import find_source, restore
@@ -29,6 +31,7 @@ from phi3v_dist.tracking.wandb_file import history
 from phi3v_dist.train.optim import learning_rate, parameter_groups, set_learning_rate
 from shards.common.errors import BadInputError
 from shards.format.index import read_index
+from tests.conftest import tiny_tree
 from tests.ranks import finish, logged, run_ranks, start_ranks
 
 pytestmark = pytest.mark.ranks
@@ -71,72 +74,117 @@ def plain_losses(config_path: Path, init: Path) -> list[float]:
     return losses
 
 
-def test_two_ranks_learn_as_plain_torch_and_resume_exactly(tiny_config: Path) -> None:
-    run_dir = load_config(tiny_config).run_dir
-    checkpoints = run_dir / "checkpoints"
-    output = run_ranks(tiny_config, 2)
-    assert "ZeRO-3 keeps 50." in output
+@dataclass(frozen=True)
+class Trained:
+    """Six steps on two ranks, checkpoints after 3 and 6. Read only: tests that go further take a `copy`."""
 
-    # the curve is that of one process without DeepSpeed
-    ours, plain = logged(run_dir, "train/loss"), plain_losses(tiny_config, run_dir / "init")
-    assert list(ours) == [1, 2, 3, 4, 5, 6]
-    assert list(ours.values()) == pytest.approx(plain, rel=2e-5)
-    assert logged(run_dir, "eval/loss").keys() == {6}
-    assert recorded_exit(run_dir, 0) == DONE
-    assert (checkpoints / "latest").read_text() == "step-000006\n"
-    straight = weights(checkpoints / "step-000006")
+    config: Path
+    run_dir: Path
+    output: str
+    losses: dict[int, float]
+    weights: dict[str, torch.Tensor]
 
-    # the dead CLIP tensors never change, everything else that learns does
-    first = build_model(load_model_config(run_dir / "init"), torch.float32)
-    load_weights(first, run_dir / "init")
-    still = {name for name, p in first.named_parameters() if torch.equal(p, straight[name])}
+    def copy(self, work: Path, *, without_last: bool = False) -> Path:
+        """The run in directory `work`, and its config; returns the config."""
+        shutil.copytree(self.run_dir.parent, work / "runs")
+        config = work / self.config.name
+        config.write_text(
+            yaml.safe_dump(yaml.safe_load(self.config.read_text()) | {"runs_dir": f"{work}/runs"})
+        )
+        if without_last:
+            shutil.rmtree(load_config(config).run_dir / "checkpoints/step-000006")
+        return config
+
+
+@pytest.fixture(scope="module")
+def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    work = tmp_path_factory.mktemp("trained")
+    config = work / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_tree(products, work / "runs")))
+    run_dir = load_config(config).run_dir
+    output = run_ranks(config, 2)
+    final = weights(run_dir / "checkpoints/step-000006")
+    return Trained(config, run_dir, output, losses=logged(run_dir, "train/loss"), weights=final)
+
+
+def test_two_ranks_learn_as_plain_torch(trained: Trained) -> None:
+    assert list(trained.losses) == [1, 2, 3, 4, 5, 6]
+    plain = plain_losses(trained.config, trained.run_dir / "init")
+    assert list(trained.losses.values()) == pytest.approx(plain, rel=2e-5)
+
+
+def test_a_run_ends_with_an_evaluation_a_checkpoint_and_exit_done(trained: Trained) -> None:
+    assert "ZeRO-3 keeps 50." in trained.output
+    assert logged(trained.run_dir, "eval/loss").keys() == {6}
+    assert recorded_exit(trained.run_dir, 0) == DONE
+    assert (trained.run_dir / "checkpoints/latest").read_text() == "step-000006\n"
+
+
+def test_only_the_dead_clip_tensors_stay_as_they_were(trained: Trained) -> None:
+    first = build_model(load_model_config(trained.run_dir / "init"), torch.float32)
+    load_weights(first, trained.run_dir / "init")
+    still = {name for name, p in first.named_parameters() if torch.equal(p, trained.weights[name])}
     assert still == {name for name, p in first.named_parameters() if not p.requires_grad}
 
-    # what is taken home is what was learnt, with the official names
-    out = export(find_source(run_dir), run_dir / "export")
+
+def test_the_export_holds_what_was_learnt_under_the_official_names(trained: Trained, tmp_path: Path) -> None:
+    out = export(find_source(trained.run_dir), tmp_path / "export")
     taken = restore(find_source(out), "cpu", torch.float32).model
-    assert all(torch.equal(p, straight[name]) for name, p in taken.named_parameters())
+    assert all(torch.equal(p, trained.weights[name]) for name, p in taken.named_parameters())
     assert sorted(file.name for file in out.iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     with pytest.raises(BadInputError, match="is no empty directory"):
-        export(find_source(run_dir), out)
-    assert len(verify(find_source(run_dir), out, str(load_config(tiny_config).data.path), 2)) == 2
+        export(find_source(trained.run_dir), out)
+    data = str(load_config(trained.config).data.path)
+    assert len(verify(find_source(trained.run_dir), out, data, 2)) == 2
     assert "| exact_match |" in (out / "README.md").read_text()
 
-    # the best checkpoint has a name, and W&B's step is never twice
-    best = find_source(f"{run_dir}:best")
-    assert (best.step, find_source(f"{run_dir}:latest").step, find_source(f"{run_dir}:3").step) == (6, 6, 3)
+
+def test_checkpoints_are_found_by_name(trained: Trained) -> None:
+    run_dir = trained.run_dir
+    found = [find_source(f"{run_dir}:{name}").step for name in ("best", "latest", "3")]
+    assert found == [6, 6, 3]
     with pytest.raises(BadInputError, match="no checkpoint of step 5; there are: 3, 6"):
         find_source(f"{run_dir}:5")
 
-    # a damaged newest checkpoint is passed over; nothing but a whole one is read
+
+def test_a_damaged_checkpoint_is_passed_over(trained: Trained, tmp_path: Path) -> None:
+    checkpoints = Path(shutil.copytree(trained.run_dir / "checkpoints", tmp_path / "checkpoints"))
     damaged = checkpoints / "step-000009"
     shutil.copytree(checkpoints / "step-000006", damaged)
     (damaged / "rank-00001.safetensors").write_bytes(b"short")
     assert checkpoint.newest(checkpoints) == checkpoints / "step-000006"
     with pytest.raises(BadInputError, match="rank-00001.safetensors has 5 bytes"):
         checkpoint.read_meta(damaged)
-    shutil.rmtree(damaged)
 
-    # done is done
-    assert "already finished at step 6" in run_ranks(tiny_config, 2)
 
-    # from step 3 again: bit for bit the same, and no line of metrics is missing or double
-    shutil.rmtree(checkpoints / "step-000006")
-    (run_dir / "metrics.jsonl").open("a").write('{"train/global_step": 7, "tr')
-    assert "going on from" in run_ranks(tiny_config, 2)
-    again = weights(checkpoints / "step-000006")
-    assert all(torch.equal(again[name], straight[name]) for name in straight)
-    assert logged(run_dir, "train/loss") == ours
+def test_a_finished_run_says_so(trained: Trained, tmp_path: Path) -> None:
+    assert "already finished at step 6" in run_ranks(trained.copy(tmp_path), 1)
 
-    # on one rank from the checkpoint of two: the same curve to rounding
-    shutil.rmtree(checkpoints / "step-000006")
-    run_ranks(tiny_config, 1)
-    assert list(logged(run_dir, "train/loss").values()) == pytest.approx(list(ours.values()), rel=1e-5)
-    alone = weights(checkpoints / "step-000006")
-    assert max(float((alone[n] - straight[n]).abs().max()) for n in straight) < 1e-4
+
+def test_from_step_3_again_it_is_bit_for_bit_the_same(trained: Trained, tmp_path: Path) -> None:
+    """No line of metrics is missing or double, not even after one that was cut short."""
+    config = trained.copy(tmp_path, without_last=True)
+    run_dir = load_config(config).run_dir
+    with (run_dir / "metrics.jsonl").open("a") as stream:
+        stream.write('{"train/global_step": 7, "tr')
+    assert "going on from" in run_ranks(config, 2)
+    again = weights(run_dir / "checkpoints/step-000006")
+    assert all(torch.equal(again[name], trained.weights[name]) for name in trained.weights)
+    assert logged(run_dir, "train/loss") == trained.losses
+
+
+def test_one_rank_resumes_the_checkpoint_of_two(trained: Trained, tmp_path: Path) -> None:
+    """The same curve to rounding."""
+    config = trained.copy(tmp_path, without_last=True)
+    run_dir = load_config(config).run_dir
+    run_ranks(config, 1)
+    ours = list(logged(run_dir, "train/loss").values())
+    assert ours == pytest.approx(list(trained.losses.values()), rel=1e-5)
+    alone = weights(run_dir / "checkpoints/step-000006")
+    assert max(float((alone[n] - trained.weights[n]).abs().max()) for n in trained.weights) < 1e-4
 
 
 def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> None:
@@ -179,7 +227,7 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
     assert found == list(range(1, step + 3))
 
     # another model in the same run directory is refused, and nothing changes
-    code, output = finish(start_ranks(tiny_config, 2, "data.seq_len=512"))
+    code, output = finish(start_ranks(tiny_config, 1, "data.seq_len=512"))
     assert recorded_exit(run_dir, began) == USAGE
     assert "holds a run with another data.seq_len" in output and "Traceback" not in output.split("torch")[0]
 
