@@ -194,7 +194,7 @@ def test_an_evaluation_that_was_broken_off_is_made_by_the_next_start(tiny_config
     assert json.loads((job.run_dir / "eval/best.json").read_text())["step"] == 2
     assert checkpoint.best(job.run_dir / "checkpoints") == job.run_dir / "checkpoints/step-000002"
     assert not (job.run_dir / "eval/owed.json").exists()
-    assert "already finished" in job.run(2, "none:9", *steps)[1]
+    assert "already finished" in job.run(1, "none:9", *steps)[1]
 
 
 def test_numbers_that_stay_bad_end_the_run_with_the_weights_as_they_were(tiny_config: Path) -> None:
@@ -274,7 +274,7 @@ def test_an_evaluation_that_fails_costs_the_run_nothing_else(tiny_config: Path) 
     code, output = job.run(2, "none:9", *answering, "train.steps=2", "eval.best_metric=null")
     assert code == DONE and "the answers cannot be written" in output
     (job.run_dir / "eval").unlink()
-    code, output = job.run(2, "none:9", *answering, "train.steps=3")
+    code, output = job.run(1, "none:9", *answering, "train.steps=3")
     lines = [json.loads(line) for line in (job.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [("eval/loss" in line, "eval/exact_match" in line) for line in lines] == [
         (True, False), (True, True), (True, True),
