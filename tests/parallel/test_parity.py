@@ -11,7 +11,7 @@ import torch
 from phi3v_dist.model.hub import build_model, init_random_checkpoint, load_config, load_weights
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.processor.tokenizer import train_tokenizer
-from tests.model.conftest import make_document, pack, tiny_config
+from tests.model.tiny import make_document, pack, tiny_config
 from tests.parallel.parity_rank import CASES
 from tests.ranks import finish, start
 
