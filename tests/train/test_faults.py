@@ -97,21 +97,21 @@ def straight(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-def test_a_step_without_a_finite_loss_is_skipped_and_noted(straight: Job) -> None:
+def test_a_step_without_a_finite_loss_is_skipped(straight: Job) -> None:
     assert list(straight.losses()) == [1, 2, 4, 5, 6], "the skipped step has no loss"
-    notes = (straight.run_dir / "logs/rows-rank-0.jsonl").read_text().splitlines()
-    assert [json.loads(line)["micro"] for line in notes] == [0, 1]
-    assert not (straight.run_dir / "logs/rows-rank-1.jsonl").exists(), "its rows were good"
     meta = checkpoint.read_meta(straight.run_dir / "checkpoints/step-000006")
     assert meta["progress"]["skipped_steps"] == 1 and meta["progress"]["bad_streak"] == 0
     assert set(meta["adam_steps"]) == {5.0}
 
-    # the row again, as the note names it
+
+def test_the_rows_of_a_skipped_step_are_noted_and_found_again(straight: Job) -> None:
+    notes = (straight.run_dir / "logs/rows-rank-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["micro"] for line in notes] == [0, 1]
+    assert not (straight.run_dir / "logs/rows-rank-1.jsonl").exists(), "its rows were good"
     note = json.loads(notes[1])
     again = replay(load_config(straight.config), Place(note["step"], note["rank"], note["micro"], 2))
     assert list(again.keys) == note["keys"]
-    lines = list(describe(again))
-    assert "Price:" in "".join(lines)
+    assert "Price:" in "".join(describe(again))
     assert row_loss(again, straight.run_dir) > 0
 
 
