@@ -44,12 +44,8 @@ def functions() -> Iterator[tuple[str, Function]]:
 
 
 def lines_of(function: Function) -> int:
-    """From `def` to the last line, without the docstring."""
-    whole = (function.end_lineno or 0) - function.lineno + 1
-    first = function.body[0]
-    if ast.get_docstring(function) is not None:
-        whole -= (first.end_lineno or 0) - first.lineno + 1
-    return whole
+    """From `def` to the last line."""
+    return (function.end_lineno or 0) - function.lineno + 1
 
 
 def parameters(function: Function) -> list[ast.arg]:
@@ -137,8 +133,8 @@ def test_no_call_gives_six_arguments_by_position() -> None:
     report(offenders)
 
 
-def test_the_count_of_lines_is_without_the_docstring() -> None:
-    (function,) = ast.parse('def f(self, a, b, *, c):\n    """One\n\n    two.\n    """\n    return a\n').body
+def test_how_parameters_are_counted() -> None:
+    (function,) = ast.parse("def f(self, a, b, *, c):\n    return a\n").body
     assert isinstance(function, ast.FunctionDef)
     assert lines_of(function) == 2
     assert len(parameters(function)) == 3 and len(positional(function)) == 2
