@@ -187,17 +187,26 @@ def test_one_rank_resumes_the_checkpoint_of_two(trained: Trained, tmp_path: Path
     assert max(float((alone[n] - trained.weights[n]).abs().max()) for n in trained.weights) < 1e-4
 
 
-def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> None:
-    run_dir = load_config(tiny_config).run_dir
+@dataclass(frozen=True)
+class Stopped:
+    """Two ranks, of which one got SIGUSR1 after two steps. began: when, in seconds since the epoch."""
+
+    config: Path
+    run_dir: Path
+    began: float
+    code: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def stopped(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    work = tmp_path_factory.mktemp("stopped")
+    config = work / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_tree(products, work / "runs")))
+    run_dir = load_config(config).run_dir
     began = time.time()
-    process = start_ranks(
-        tiny_config,
-        2,
-        "train.steps=5000",
-        "checkpoint.every_steps=5000",
-        "data.workers=1",
-        "track.mode=offline",
-    )
+    endless = ("train.steps=5000", "checkpoint.every_steps=5000")
+    process = start_ranks(config, 2, *endless, "data.workers=1", "track.mode=offline")
     try:
         while len(logged(run_dir, "train/loss") if (run_dir / "metrics.jsonl").exists() else []) < 2:
             assert time.time() - began < 90 and process.poll() is None
@@ -209,26 +218,38 @@ def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(tiny_config: Path) -> 
         os.kill(ranks[1].pid, signal.SIGUSR1)
     finally:
         code, output = finish(process, 90)
-    assert code != 0 and "stopped by a signal after step" in output
-    assert recorded_exit(run_dir, began) == PREEMPTED
+    return Stopped(config, run_dir, began, code, output=output)
+
+
+def test_a_signal_on_one_rank_stops_all_with_a_checkpoint(stopped: Stopped) -> None:
+    assert stopped.code != 0 and "stopped by a signal after step" in stopped.output
+    assert recorded_exit(stopped.run_dir, stopped.began) == PREEMPTED
+    newest = checkpoint.newest(stopped.run_dir / "checkpoints")
+    assert newest is not None
+    assert checkpoint.read_meta(newest)["progress"]["step"] == max(logged(stopped.run_dir, "train/loss"))
+
+
+def test_a_stopped_run_resumes_as_one_run(stopped: Stopped, tmp_path: Path) -> None:
+    """metrics.jsonl and the one W&B run have every step once."""
+    shutil.copytree(stopped.run_dir, run_dir := tmp_path / "runs" / stopped.run_dir.name)
     newest = checkpoint.newest(run_dir / "checkpoints")
     assert newest is not None
-    step = checkpoint.read_meta(newest)["progress"]["step"]
-    assert max(logged(run_dir, "train/loss")) == step
-
-    output = run_ranks(tiny_config, 2, f"train.steps={step + 2}", "track.mode=offline")
-    assert f"going on from {newest}" in output
-    assert list(logged(run_dir, "train/loss")) == list(range(1, step + 3))
+    end = checkpoint.step_of(newest) + 2
+    here = (f"runs_dir={tmp_path / 'runs'}", f"train.steps={end}", "track.mode=offline")
+    assert f"going on from {newest}" in run_ranks(stopped.config, 2, *here)
+    every = list(range(1, end + 1))
+    assert list(logged(run_dir, "train/loss")) == every
     lines = read_metrics(run_dir / "metrics.jsonl")
-    assert [line["train/global_step"] for line in lines] == list(range(1, step + 3))
-    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))  # one W&B run, every step once
+    assert [line["train/global_step"] for line in lines] == every
+    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
-    found = [items["train/global_step"] for file in files for items in history(file)]
-    assert found == list(range(1, step + 3))
+    assert [items["train/global_step"] for file in files for items in history(file)] == every
 
-    # another model in the same run directory is refused, and nothing changes
-    code, output = finish(start_ranks(tiny_config, 1, "data.seq_len=512"))
-    assert recorded_exit(run_dir, began) == USAGE
+
+def test_another_model_in_the_same_run_directory_is_refused(stopped: Stopped) -> None:
+    began = time.time()
+    _, output = finish(start_ranks(stopped.config, 1, "data.seq_len=512"))
+    assert recorded_exit(stopped.run_dir, began) == USAGE
     assert "holds a run with another data.seq_len" in output and "Traceback" not in output.split("torch")[0]
 
 
