@@ -30,7 +30,8 @@ from tests.conftest import tiny_tree
 from tests.ranks import WARM, finish, logged
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.ranks
+# several starts one after the other; ranks that share cores with others are slow
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(420)]
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")
 QUICK = ("eval.generate_samples=0", "eval.loss_samples=2", "train.steps=6")

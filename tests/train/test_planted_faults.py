@@ -19,7 +19,8 @@ from shards.index import IndexOptions, build_index
 from tests.conftest import tiny_tree
 from tests.ranks import finish, start_ranks
 
-pytestmark = pytest.mark.ranks
+# several starts one after the other; ranks that share cores with others are slow
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(420)]
 
 QUICK = ["eval.generate_samples=0", "eval.loss_samples=2"]
 

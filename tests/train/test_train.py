@@ -34,7 +34,8 @@ from shards.format.index import read_index
 from tests.conftest import tiny_tree
 from tests.ranks import finish, logged, run_ranks, start_ranks
 
-pytestmark = pytest.mark.ranks
+# several starts one after the other; ranks that share cores with others are slow
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(420)]
 
 
 def weights(target: Path) -> dict[str, torch.Tensor]:
