@@ -1,7 +1,12 @@
-# make demo   from nothing to a fine-tuned, exported tiny model      make check  lint, format, types, shell scripts
-# make test   the tests                                              make docs   the documentation, strictly
-# make bench  the benchmarks, one table                              make audit  known faults of the pinned packages
-# make clean  removes what make made
+# make demo       from nothing to a fine-tuned, exported tiny model
+# make test-fast  the tests that need neither training ranks nor system packages, in 3 minutes
+# make test       all tests
+# make check      lint, format, types, shell scripts
+# make docs       the documentation, strictly
+# make bench      the benchmarks, one table
+# make audit      known faults of the pinned packages
+# make clean      removes what make made
+# PYTEST_ARGS: extra arguments for pytest, such as PYTEST_ARGS="-k resume" or PYTEST_ARGS="--durations=50".
 # PYTHON: the interpreter of a new venv.  PIP_ARGS: extra arguments for pip, such as the index of CPU or CUDA wheels.
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -11,13 +16,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test check docs bench audit clean
+.PHONY: demo test test-fast check docs bench audit clean
 
 demo: $(READY)
 	$(BIN)/phi3v demo
 
 test: $(READY)
 	$(BIN)/python tests/together.py $(PYTEST_ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python tests/together.py --fast $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,10 +1,14 @@
-"""What holds for every test: a test that needs system packages skips where they are missing, and fails
-instead of skipping where PHI3V_REQUIRE_SYSTEM=1 says that they were installed (.ci/run).
+"""What holds for every test, and the fixtures that several packages share.
+
+Markers are exceptions: `ranks` for tests that start training ranks (torchrun), `system` for those that need
+system packages, a browser or root. `--fast` (make test-fast) leaves both out; tests/guard holds that the rest
+start neither. A test may skip only for a reason in SKIPS; any other skip is a failure.
 """
 
 import logging
 import os
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,23 +17,132 @@ from typing import Any
 import pytest
 import yaml
 
+import tests.guard.sitecustomize as guard
 from shards.build import BuildOptions, build
 from shards.sample import make_catalogue
 
 # Tests of several processes, and Slurm's beside them, share few cores: threads that wait for each other would
 # spin. What the tests start inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The processes that tests start import tests/guard/sitecustomize.py.
+GUARD = str(Path(guard.__file__).parent)
+os.environ["PYTHONPATH"] = os.pathsep.join([GUARD, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+SKIPS = {
+    "system package": "Slurm, munge, Chromium, compiler or root missing; PHI3V_REQUIRE_SYSTEM=1 forbids it",
+    "kubectl": "kubectl is missing; no distribution has it, so nothing requires it",
+    "on request": "takes many minutes; an environment variable asks for it",
+}
+"""Why a test marked `system` may skip: the beginning of the text of the skip, up to a colon."""
+
+# Files that take longest, longest first: workers that get them first finish together (see together.py).
+LONGEST = (
+    "tests/train/test_faults.py",
+    "tests/train/test_train.py",
+    "tests/train/test_planted_faults.py",
+    "tests/parallel/test_parity.py",
+    "tests/data/test_damage.py",
+    "tests/test_docs.py",
+    "tests/k8s/test_pods.py",
+    "tests/launch/test_node.py",
+    "tests/launch/test_demo.py",
+    "tests/train/test_lora_runs.py",
+    "tests/parallel/test_sequence_runs.py",
+    "tests/tracking/test_tracker.py",
+    "tests/engine/test_zero.py",
+    "tests/evaluation/test_evaluate.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/launch/test_cli.py",
+    "tests/shards/test_build.py",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out tests marked `ranks` or `system`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Longest files first; with --fast the marked tests are left out."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
+    if config.getoption("--fast"):
+        slow = [item for item in items if _marked(item)]
+        counts = {"fast": len(items) - len(slow), "all": len(items)}
+        config.stash[COUNTS] = counts
+        if hasattr(config, "workeroutput"):  # the controller of pytest-xdist collects nothing itself
+            config.workeroutput["counts"] = counts
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not _marked(item)]
+
+
+COUNTS = pytest.StashKey[dict[str, int]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if "counts" in getattr(node, "workeroutput", {}):
+        node.config.stash[COUNTS] = node.workeroutput["counts"]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if COUNTS in config.stash:
+        counts = config.stash[COUNTS]
+        terminalreporter.write_line(f"test-fast: {counts['fast']} of {counts['all']} tests")
+
+
+def _marked(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) is not None for name in ("ranks", "system"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Around an unmarked test the audit hook of tests/guard refuses ranks, Slurm and browsers."""
+    if _marked(item):
+        return (yield)
+    with tempfile.NamedTemporaryFile(prefix="phi3v-unmarked-") as notes:
+        os.environ[guard.UNMARKED] = notes.name
+        try:
+            return (yield)
+        finally:
+            os.environ.pop(guard.UNMARKED, None)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Iterator[pytest.TestReport | None]:
+    """A skip without a known reason fails, and so does an unmarked test that started what needs a marker."""
     report = yield
-    must_run = os.environ.get("PHI3V_REQUIRE_SYSTEM") == "1" and item.get_closest_marker("system") is not None
-    if must_run and report.skipped:
-        report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} skipped, but PHI3V_REQUIRE_SYSTEM=1: {report.longrepr}"
+    if report.skipped and not hasattr(report, "wasxfail"):
+        text = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        problem = _fault_of_skip(item, text.removeprefix("Skipped: "))
+        if problem:
+            report.outcome, report.longrepr = "failed", f"{item.nodeid}: {problem}"
+    notes = os.environ.get(guard.UNMARKED)
+    if notes and not report.failed and (text := Path(notes).read_text()):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid}: {text}"
+        Path(notes).write_text("")  # once a test
+    return report
+
+
+def _fault_of_skip(item: pytest.Item, text: str) -> str | None:
+    reason = text.partition(":")[0]
+    if reason not in SKIPS:
+        return f"skipped for a reason that conftest.py does not know ({', '.join(SKIPS)}): {text}"
+    if item.get_closest_marker("system") is None:
+        return f"skipped without the marker `system`: {text}"
+    if reason == "system package" and os.environ.get("PHI3V_REQUIRE_SYSTEM") == "1":
+        return f"skipped, but PHI3V_REQUIRE_SYSTEM=1: {text}"
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[pytest.CollectReport]:
+    """A file that skips as a whole would take its tests out of sight."""
+    report = yield
+    if report.skipped:
+        report.outcome, report.longrepr = "failed", f"{collector.nodeid} skips as a whole: {report.longrepr}"
     return report
 
 
@@ -81,7 +194,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
     mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
+        pytest.skip(f"system package: cannot mount a small disk here: {mounted.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 

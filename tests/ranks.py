@@ -9,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+WARM = Path(__file__).with_name("warm.py")
+
 
 def start_ranks(config: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
     return start(ranks, "-m", "launch.cli.main", "train", str(config), *overrides)
 
 
-def start(ranks: int, *rank_command: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def start(ranks: int, *rank_command: str, warm: bool = True, **environment: str) -> subprocess.Popen[str]:
+    """torchrun with this program; warm: the ranks are forks of an agent that has imported once (warm.py)."""
+    agent = [str(WARM)] if warm else ["-m", "torch.distributed.run"]
+    command = [sys.executable, *agent, "--standalone", f"--nproc-per-node={ranks}"]
     command += rank_command
     return subprocess.Popen(
         command,

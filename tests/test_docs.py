@@ -50,6 +50,16 @@ def commands(page: Path) -> Iterator[str]:
                 yield " ".join(bare.split())
 
 
+def marks_of(command: str) -> list[pytest.MarkDecorator]:
+    """`ranks` for commands that train or evaluate on ranks, and for those that read what they left."""
+    if command.startswith(tuple(ELSEWHERE)):
+        return []
+    words = small(command)
+    starts = words[1:3] == ["launch", "local"] or "--processes" in words
+    reads = any(word in ("out", "verified") or "runs/" in word or "first-model" in word for word in words)
+    return [pytest.mark.ranks] if starts or reads else []
+
+
 def documented(elsewhere: bool) -> list[Any]:
     """Every command once, quick start first: the others use what it made. elsewhere: those that other tests
     run, or all but those.
@@ -60,7 +70,7 @@ def documented(elsewhere: bool) -> list[Any]:
         for command in commands(page):
             seen.setdefault(command, page.name)
     return [
-        pytest.param(command, id=f"{page}: {command}")
+        pytest.param(command, id=f"{page}: {command}", marks=marks_of(command))
         for command, page in seen.items()
         if command.startswith(tuple(ELSEWHERE)) is elsewhere
     ]

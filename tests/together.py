@@ -1,8 +1,9 @@
-"""The whole suite, the Slurm tests beside the others: they wait more than they work, and share one cluster.
+"""The tests on all cores. `make test` and `make test-fast` run this.
 
-    python tests/together.py [PYTEST ARGUMENTS]
+    python tests/together.py [--fast] [PYTEST ARGUMENTS]
 
-Exit status 1 if either part failed. `make test` runs this.
+The Slurm tests run beside the others: they wait more than they work, and share one cluster. Exit status 1 if
+either part failed. --fast: the tests marked neither `ranks` nor `system`, so none of Slurm's.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ def main() -> int:
     os.chdir(Path(__file__).parents[1])
     pytest = [sys.executable, "-m", "pytest", *sys.argv[1:]]
     workers = min(4, max(2, os.cpu_count() or 1))
-    with tempfile.TemporaryFile() as said:
-        slurm = subprocess.Popen([*pytest, SLURM], stdout=said, stderr=subprocess.STDOUT)
+    # A file's tests stay on one worker, where they share fixtures; conftest.py puts the longest files first.
+    spread = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+    if "--fast" in sys.argv:
+        return subprocess.run([*pytest, *spread], check=False).returncode
+    with tempfile.TemporaryFile() as output:
+        slurm = subprocess.Popen([*pytest, SLURM], stdout=output, stderr=subprocess.STDOUT)
         try:
-            # A file's tests stay on one worker, where they share fixtures.
-            others = [*pytest, "-n", str(workers), "--dist", "loadfile", f"--ignore={SLURM}"]
-            failed = subprocess.run(others, check=False).returncode
+            failed = subprocess.run([*pytest, *spread, f"--ignore={SLURM}"], check=False).returncode
             failed = slurm.wait() or failed
         finally:
             slurm.terminate()
             slurm.wait()
-        said.seek(0)
-        print(f"== {SLURM}\n{said.read().decode(errors='replace')}", flush=True)
+        output.seek(0)
+        print(f"== {SLURM}\n{output.read().decode(errors='replace')}", flush=True)
     return int(bool(failed))
 
 

@@ -14,7 +14,7 @@ from phi3v_dist.model.configuration import Phi3VConfig
 from phi3v_dist.model.groups import choose_learning
 from phi3v_dist.model.memory import save_memory
 from phi3v_dist.processor.geometry import vision_calls_needed
-from tests.model.conftest import make_document, pack, tiny_config, tiny_model
+from tests.model.tiny import make_document, pack, tiny_config, tiny_model
 
 
 class Counter(TorchDispatchMode):

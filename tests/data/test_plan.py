@@ -1,17 +1,19 @@
 """The plan: every sample once an epoch, rows that fit, an order that no number of ranks changes."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from phi3v_dist.budget.flops import RowShape, row_flops
+from phi3v_dist.config import RunConfig
 from phi3v_dist.data import plan_files
 from phi3v_dist.data.describe import step_imbalance
 from phi3v_dist.data.epoch import Layout, epoch_draws, epoch_samples
 from phi3v_dist.data.plan import Plan, RankRows, deal_rows, rank_rows, row_cost, sample_work
 from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.tokens import SampleCosts
+from phi3v_dist.model.configuration import Phi3VConfig
 from shards.common.errors import BadInputError
 
 
@@ -229,7 +231,27 @@ def test_a_plan_is_kept_and_one_that_is_damaged_is_made_again(
     assert kept(writer=True).end_row(6) == end
 
 
-def test_work_of_samples_adds_up() -> None:
-    made = costs(20)
-    assert row_cost(made, np.arange(20)) == pytest.approx(sample_work(made).sum())
-    assert json.dumps(deal_rows(np.ones(8), 8).tolist()) == "[[0, 1, 2, 3, 4, 5, 6, 7]]"
+def test_the_work_of_a_row_follows_the_flops_of_the_published_model() -> None:
+    """Linear layers, attention within documents, the tower on every view; without the loss head."""
+    run = RunConfig.model_validate(
+        {"name": "x", "model": {"config": {}}, "data": {"path": "x"}, "train": {"steps": 1}}
+    )
+    # samples: text of 1000, 3000 and 60,000 tokens, and one of 2500 with 2 images of 15 tiles in all
+    made = SampleCosts(
+        np.array([1000, 3000, 60_000, 2500]), np.zeros(4), np.array([0, 0, 0, 15]), np.array([0, 0, 0, 2])
+    )
+    rows = [[0], [0, 0, 0], [1], [2], [3]]
+    flops = []
+    for row in rows:
+        views = int(sum(made.tiles[n] + made.pictures[n] for n in row))
+        shape = RowShape([int(made.tokens[n]) for n in row], views, targets=0)
+        flops.append(row_flops(run, Phi3VConfig(), shape).model)
+    work = np.array([row_cost(made, np.array(row)) for row in rows])
+    assert work / work[0] == pytest.approx(np.array(flops) / flops[0], rel=0.05)
+    assert work[1] < work[2], "three documents never attend to each other"
+
+
+def test_ranks_get_equal_work() -> None:
+    assert deal_rows(np.ones(8), 8).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    cost = np.array([5.0, 1.0, 2.0, 4.0])
+    assert cost[deal_rows(cost, 2)].sum(axis=0).tolist() == [6.0, 6.0]

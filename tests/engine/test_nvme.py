@@ -25,9 +25,11 @@ def test_runs_on_one_node_have_folders_of_their_own(tiny_config: Path) -> None:
     assert len(folders) == 2 and {folder.parent for folder in folders} == {Path("/disk")}
 
 
+@pytest.mark.system
+@pytest.mark.ranks
 @pytest.mark.skipif(
     os.environ.get("PHI3V_NVME") != "1",
-    reason="DeepSpeed compiles its async_io for some minutes; PHI3V_NVME=1 asks for it (libaio-dev needed)",
+    reason="on request: DeepSpeed compiles its async_io for some minutes; PHI3V_NVME=1 (needs libaio-dev)",
 )
 @pytest.mark.timeout(3600)
 def test_the_optimizer_in_files_is_the_one_in_memory(tiny_config: Path, tmp_path: Path) -> None:

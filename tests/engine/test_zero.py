@@ -12,29 +12,33 @@ import torch
 
 from phi3v_dist.model.hub import build_model, init_random_checkpoint, load_config, load_weights
 from phi3v_dist.processor.tokenizer import train_tokenizer
+from tests.model.tiny import make_document, pack, tiny_config
 from tests.ranks import finish, start
+
+pytestmark = pytest.mark.ranks
 
 RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny, tmp_path_factory) -> Path:
+def ranks(tmp_path_factory) -> Path:
     """The directory after two ranks have run zero3_rank.py in it."""
     directory = tmp_path_factory.mktemp("zero3")
     train_tokenizer(["a b c"], directory / "tokenizer", 40)
     wide = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "type": "su"}
-    big = tiny.config(hidden_size=512, intermediate_size=1536, num_hidden_layers=10, rope_scaling=wide)
-    for name, config in (("big", big), ("tiny", tiny.config())):
+    big = tiny_config(hidden_size=512, intermediate_size=1536, num_hidden_layers=10, rope_scaling=wide)
+    for name, config in (("big", big), ("tiny", tiny_config())):
         init_random_checkpoint(config, directory / name, 3, torch.float32, 4, directory / "tokenizer")
     rows = [
-        tiny.pack([tiny.document(1, 20, ((1, 2), (2, 2))), tiny.document(2, 70)]),
-        tiny.pack([tiny.document(3, 30), tiny.document(4, 90)], pad=5),
+        pack([make_document(1, 20, ((1, 2), (2, 2))), make_document(2, 70)]),
+        pack([make_document(3, 30), make_document(4, 90)], pad=5),
     ]
     torch.save([replace(row, vision_calls=3) for row in rows], directory / "rows.pt")
     program = Path(__file__).with_name("zero3_rank.py")
+    # Not forks of a warm agent: their memory is measured.
     # The published model's tensors are freed to the system at once; let these small ones be too.
     more = {"PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "262144"}
-    code, output = finish(start(RANKS, str(program), str(directory), **more), 150)
+    code, output = finish(start(RANKS, str(program), str(directory), warm=False, **more), 150)
     assert code == 0, output[-6000:]
     return directory
 

@@ -1,4 +1,4 @@
-"""One rank of test_zero3.py, started by torchrun: python zero3_rank.py DIRECTORY.
+"""One rank of test_zero.py, started by torchrun: python zero3_rank.py DIRECTORY.
 
 DIRECTORY holds `big` and `tiny`, two hub directories, and `rows.pt`, one packed row per rank. Writes
 DIRECTORY/rank-R.json: what loading `big` took, whether the bits are right, `tiny`'s losses of two steps; and

@@ -181,6 +181,7 @@ def test_every_sample_is_answered_once_and_written(
     assert few.scores.samples == 3 and few.swapped is None and list(few.scores.values) == ["anls"]
 
 
+@pytest.mark.ranks
 def test_any_number_of_ranks_gives_the_same_files(
     products: Path, pretrained: Pretrained, tmp_path: Path
 ) -> None:

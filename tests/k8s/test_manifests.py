@@ -93,7 +93,8 @@ def test_the_image_is_changed_in_one_place(overlay: Path, tmp_path: Path) -> Non
     assert images_in(built) == {"mine.example.org/phi3v-dist:0.1.0"}
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="compares with kubectl where it is installed")
+@pytest.mark.system
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl: it is not installed")
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
 def test_overlays_are_built_as_kubectl_builds_them(overlay: Path) -> None:
     done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=True)

@@ -113,6 +113,7 @@ def two_pods(tmp_path: Path) -> Iterator[Job]:
             job.kill(node)
 
 
+@pytest.mark.ranks
 def test_a_preempted_pod_saves_leaves_with_143_and_its_replacement_goes_on(two_pods: Job) -> None:
     job = two_pods
     job.pods[1].send_signal(signal.SIGTERM)
@@ -124,6 +125,7 @@ def test_a_preempted_pod_saves_leaves_with_143_and_its_replacement_goes_on(two_p
     assert sorted(job.starts()[2:]) == [(0, 2, saved), (1, 2, saved)]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_lost_pod_is_noticed_and_its_replacement_goes_on(two_pods: Job, node: int) -> None:
     job = two_pods
@@ -135,6 +137,7 @@ def test_a_lost_pod_is_noticed_and_its_replacement_goes_on(two_pods: Job, node: 
     assert all(world == 2 and first >= 5 for _, world, first in job.starts()[-2:])
 
 
+@pytest.mark.ranks
 def test_a_job_that_diverged_is_not_tried_again(tmp_path: Path) -> None:
     job = Job(tmp_path, steps=60)
     (job.run_dir / "diverge").touch()

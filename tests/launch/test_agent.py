@@ -6,7 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from phi3v_dist.exits import PREEMPTED
+
+pytestmark = pytest.mark.ranks
 
 
 def catches(pid: int, number: int) -> bool:

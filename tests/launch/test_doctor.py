@@ -65,6 +65,7 @@ def test_a_bad_config_is_wrong_input_not_a_finding(tiny_config: Path) -> None:
         run_doctor(str(tiny_config), ["train.lrr=1"])
 
 
+@pytest.mark.ranks
 def test_ranks_start_and_reduce(capsys: pytest.CaptureFixture[str]) -> None:
     found = list(machine.all_reduce())
     assert [finding.status for finding in found] == ["green"] and "GB/s" in found[0].found

@@ -12,6 +12,8 @@ import pytest
 
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.ranks
+
 STANDIN = Path(__file__).with_name("standin_rank.py")
 LAUNCHER = """
 import sys

@@ -11,7 +11,7 @@ import torch
 from phi3v_dist.model.hub import build_model, init_random_checkpoint, load_config, load_weights
 from phi3v_dist.model.row import PackedRow
 from phi3v_dist.processor.tokenizer import train_tokenizer
-from tests.model.conftest import make_document, pack, tiny_config
+from tests.model.tiny import make_document, pack, tiny_config
 from tests.parallel.parity_rank import CASES
 from tests.ranks import finish, start
 
@@ -114,21 +114,25 @@ def check(directory: Path, found: dict, world: int, sp: int, name: str, features
     assert errors[worst] <= 1e-6, worst
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(("features", "accumulation"), CASES[4])
 @pytest.mark.parametrize("sp", [1, 2, 4])
 def test_four_ranks_equal_one_process(directory, four, sp: int, features: str, accumulation: int) -> None:
     check(directory, four, 4, sp, "model", features, accumulation)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(("features", "accumulation"), CASES[2])
 def test_two_ranks_equal_one_process(directory, two, features: str, accumulation: int) -> None:
     check(directory, two, 2, 2, "model", features, accumulation)
 
 
+@pytest.mark.ranks
 def test_fewer_key_value_heads(directory, two) -> None:
     check(directory, two, 2, 2, "grouped", "all", 1)
 
 
+@pytest.mark.ranks
 def test_twenty_steps_draw_the_same_curve(directory, four) -> None:
     one = OneProcess(directory / "small")
     learning = [p for p in one.model.parameters() if p.requires_grad]

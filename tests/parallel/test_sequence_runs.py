@@ -8,7 +8,7 @@ import pytest
 from phi3v_dist.config import load_config
 from tests.ranks import finish, logged, run_ranks, start_ranks
 
-pytestmark = pytest.mark.timeout(420)  # three runs one after the other
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(420)]  # three runs one after the other
 
 
 def test_sp_1_then_2_then_1_draws_one_curve(tiny_config: Path) -> None:

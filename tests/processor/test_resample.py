@@ -17,7 +17,7 @@ def _noise(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.fixture
 def compiled() -> None:
     if not resample.available():
-        pytest.skip("the compiled resize was not built: no C compiler at installation")
+        pytest.skip("system package: the compiled resize was not built: no C compiler at installation")
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def test_pillow_does_the_work_where_nothing_is_compiled(pillow_alone: None) -> N
     assert np.array_equal(tiles, wanted.reshape(-1, 3, 336, 336))
 
 
+@pytest.mark.system
 def test_a_pillow_that_differs_is_noticed(
     compiled: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

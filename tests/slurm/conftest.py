@@ -19,9 +19,9 @@ def slurm_daemons() -> Iterator[SlurmCluster]:
     monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
-        pytest.skip(f"no {', '.join(missing)}: apt-get install slurm-wlm munge")
+        pytest.skip(f"system package: no {', '.join(missing)}: apt-get install slurm-wlm munge")
     if os.geteuid() != 0:
-        pytest.skip("the test cluster's daemons need root")
+        pytest.skip("system package: the test cluster's daemons need root")
     # Not pytest's directory: munged runs as another user and must reach its socket.
     directory = Path(tempfile.mkdtemp(prefix="phi3v-slurm-"))
     directory.chmod(0o755)

@@ -97,7 +97,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_finishes(
     cluster: SlurmCluster, submit_dir: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "runs" / "tiny"
-    overrides = ["train.steps=120", "checkpoint.every_steps=5", "eval.generate_samples=0"]
+    overrides = ["train.steps=30", "checkpoint.every_steps=5", "eval.generate_samples=0"]
     arguments = [TRAIN, str(tiny_config), *overrides]
     environment = {"PHI3V": str(PHI3V)}
     job = cluster.submit(
@@ -118,7 +118,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_finishes(
     finally:
         cluster.restart_node(victim)
     done = steps(run_dir)
-    assert done[-1] == 120 and set(done) == set(range(1, 121))
+    assert done[-1] == 30 and set(done) == set(range(1, 31))
     assert "resuming from" in cluster.output(job)
 
 
@@ -178,7 +178,7 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
     """Slurm's SIGTERM reaches every process of the run, W&B's and the data workers' too."""
     run_dir = tmp_path / "runs" / "tiny"
     arguments = [
-        str(tiny_config), "train.steps=80", "eval.generate_samples=0", "track.mode=offline",
+        str(tiny_config), "train.steps=40", "eval.generate_samples=0", "track.mode=offline",
         "--nodes=2", "--gpus-per-node=1", "--minutes=30",
     ]  # fmt: skip
     with launched(cluster, submit_dir, arguments) as (launcher, said):
@@ -195,8 +195,8 @@ def test_a_cancelled_run_has_saved_and_goes_on_when_it_is_submitted_again(
     assert "cancelled; submit the same command to resume" in logs
     with launched(cluster, submit_dir, arguments) as (launcher, said):
         assert launcher.wait(240) == 0, said()
-    assert steps(run_dir) == list(range(1, 81)) and len(wandb_ids(run_dir)) == 1
-    assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == 80
+    assert steps(run_dir) == list(range(1, 41)) and len(wandb_ids(run_dir)) == 1
+    assert last_step(run_dir / "wandb", *wandb_ids(run_dir)) == 40
 
 
 def test_submitit_goes_on_without_a_node_that_is_not_healthy(

@@ -103,7 +103,7 @@ def test_charts_stand_any_numbers() -> None:
 
 
 @pytest.mark.system
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; the page is not opened in a browser")
+@pytest.mark.skipif(CHROMIUM is None, reason="system package: no Chromium, which opens the page")
 def test_a_browser_opens_it_without_a_word(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(report([make_run(tmp_path / "one"), make_run(tmp_path / "two")]))

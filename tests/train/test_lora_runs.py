@@ -28,6 +28,7 @@ def with_overrides(config: Path, *lines: str) -> Path:
     return target
 
 
+@pytest.mark.ranks
 def test_adapters_learn_on_two_ranks_as_in_plain_torch(tiny_config: Path) -> None:
     config = with_overrides(tiny_config, *LORA)
     run_dir = load_config(config).run_dir
@@ -73,6 +74,7 @@ def test_adapters_learn_on_two_ranks_as_in_plain_torch(tiny_config: Path) -> Non
         export_adapter(source, kept)
 
 
+@pytest.mark.ranks
 def test_adapters_beside_parts_that_learn_in_full(tiny_config: Path) -> None:
     config = with_overrides(
         tiny_config,

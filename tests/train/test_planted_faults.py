@@ -19,7 +19,10 @@ from shards.index import IndexOptions, build_index
 from tests.conftest import tiny_tree
 from tests.ranks import finish, start_ranks
 
-QUICK = ["eval.generate_samples=0", "eval.loss_samples=2", "data.workers=1"]
+# several starts one after the other; ranks that share cores with others are slow
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(420)]
+
+QUICK = ["eval.generate_samples=0", "eval.loss_samples=2"]
 
 
 def bomb(side: int) -> bytes:
@@ -46,7 +49,7 @@ def test_an_image_bomb_costs_its_sample_or_ends_the_run_in_one_line(products: Pa
     config.write_text(yaml.safe_dump(tree))
     run_dir = load_config(config).run_dir
 
-    code, output = finish(start_ranks(config, 1, *QUICK, "train.steps=4"))
+    code, output = finish(start_ranks(config, 1, *QUICK, "train.steps=4", "data.workers=1"))
     assert code == 0 and "12000x12000 px" in output, output[-3000:]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["data/bad_samples"] >= 1
