@@ -4,7 +4,7 @@
 Floors, from the ground up; a module imports from its own floor and from those below it:
 
     exits, config                  exit codes; the typed settings of a run, with all defaults
-    processor, parallel, engine    images and text -> tensors; groups of ranks; everything that knows DeepSpeed
+    processor, parallel, engine    images, text -> tensors; groups of ranks; everything that knows DeepSpeed
     model, budget                  Phi-3-Vision itself; memory, FLOPs and time computed in advance
     run, data                      the run directory; dataset -> plan -> packed rows
     pretrained, checkpoint         first weights; slices that any number of ranks can read
