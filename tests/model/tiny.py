@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from phi3v_dist.model import PackedRow, Phi3VConfig, Phi3VForCausalLM
-from phi3v_dist.processor.pixels import global_views, normalise
 from phi3v_dist.processor.geometry import image_token_count, vision_calls_needed
+from phi3v_dist.processor.pixels import global_views, normalise
 
 SIDE = 112
 VOCAB = 160
