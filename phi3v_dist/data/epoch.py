@@ -1,7 +1,6 @@
 """The rows of one epoch: which samples, in which windows, packed how, in which order. Pure.
 
-In: what samples cost and where they lie, the seed, the number of the epoch. Out: `EpochRows`. Called by
-`plan`.
+In: what samples cost and where they lie, the seed, the number of the epoch. Out: `EpochRows`.
 
 Shards are shuffled, then cut into windows of neighbouring samples; samples are shuffled, packed and grouped
 within a window only, so that a stretch of training reads few shards: of a network disk, of a node's cache.
@@ -24,8 +23,8 @@ _WINDOW_STEPS = 16  # optimizer steps of a window, at least: there must be a cho
 @dataclass(frozen=True)
 class Layout:
     """Where the samples lie. shards: int32 [samples], number of the shard of each; samples of a shard are
-    neighbours, those of a data set too. bounds: first sample of each data set, and the number of samples.
-    weights: share of each data set in the samples of an epoch; None: every sample once an epoch.
+    neighbours, those of a dataset too. bounds: first sample of each dataset, and the number of samples.
+    weights: share of each dataset in the samples of an epoch; None: every sample once an epoch.
     """
 
     shards: np.ndarray
@@ -34,7 +33,7 @@ class Layout:
 
     @classmethod
     def single(cls, samples: int) -> Layout:
-        """One data set of one shard."""
+        """One dataset of one shard."""
         return cls(np.zeros(samples, np.int32), (0, samples))
 
 
@@ -78,7 +77,7 @@ def shuffled(count: int, *key: object) -> np.ndarray:
 
 
 def epoch_draws(layout: Layout, usable: np.ndarray) -> list[int]:
-    """Samples that each data set gives to an epoch. usable: numbers of the samples that may be used."""
+    """Samples that each dataset gives to an epoch. usable: numbers of the samples that may be used."""
     counts = np.diff(np.searchsorted(usable, layout.bounds))
     if layout.weights is None:
         return [int(count) for count in counts]
@@ -93,10 +92,10 @@ def epoch_draws(layout: Layout, usable: np.ndarray) -> list[int]:
 def epoch_samples(
     layout: Layout, usable: np.ndarray, seed: int, epoch: int, shuffle: bool
 ) -> list[np.ndarray]:
-    """The samples of an epoch in shard order, for each data set.
+    """The samples of an epoch in shard order, for each dataset.
 
-    A data set is gone through pass by pass, each with another order of its shards; an epoch goes on where
-    the one before it stopped, so every sample of a data set is used before any is used again.
+    A dataset is gone through pass by pass, each with another order of its shards; an epoch continues where
+    the one before it stopped, so every sample of a dataset is used before any is used again.
     """
     parts = []
     for source, draws in enumerate(epoch_draws(layout, usable)):

@@ -255,8 +255,8 @@ def load_rows(
                 found = ready.get(timeout=timeout_s)
             except queue.Empty:
                 raise RuntimeError(
-                    f"no row from {workers} data workers for {timeout_s:g} s; they are stuck, most likely while "
-                    "reading: check the storage of the shards"
+                    f"no row from {workers} data workers for {timeout_s:g} s; they are stuck, most likely "
+                    "while reading: check the storage of the shards"
                 ) from None
             if found is None:
                 return

@@ -50,7 +50,7 @@ class NodeCache:
         self.wrong: dict[str, str] = {}  # copies whose content is not what dataset.json says, and why
 
     def path(self, fs: Any, source: str, shard: ShardInfo) -> Path | None:
-        """The copy of a shard; None while there is none, and then a fetch is started if the copy can be kept."""
+        """The copy of a shard; None while there is none: a fetch is started if it can be kept."""
         name = copy_name(shard)
         copy = self._directory / name
         now = time.monotonic()

@@ -1,10 +1,10 @@
 """Documents -> rows of at most seq_len tokens, and rows -> groups that cost the same. Pure, numpy and lists.
 
 In: lengths (tokens) and work (in the work of one token's linear layers) of the documents of a window. Out:
-which of them share a row; which rows share an optimizer step. Called by `epoch`.
+which of them share a row; which rows share an optimizer step.
 
-A step lasts as long as its costliest row, so rows are made alike where that is possible and put beside
-their like where it is not. Rows of few documents: best fit decreasing, which wastes least. Rows of many:
+A step lasts as long as its costliest row, so rows are made alike where that is possible and grouped with
+similar rows where it is not. Rows of few documents: best fit decreasing, which wastes least. Rows of many:
 most of the documents are dealt out to the row with the least work so far, and the small ones fill the room
 that is left, so that long documents do not gather in one row.
 """
@@ -148,7 +148,7 @@ def _unlike(descending: np.ndarray, size: int) -> int:
     return best
 
 
-def spread(lengths: np.ndarray, work: np.ndarray, rows: int, seq_len: int) -> list[np.ndarray] | None:
+def spread(lengths: np.ndarray, work: np.ndarray, rows: int, *, seq_len: int) -> list[np.ndarray] | None:
     """Deals documents out to `rows` rows of like work; None if a row would be longer than seq_len."""
     least = [(0.0, row) for row in range(rows)]
     dealt: list[list[int]] = [[] for _ in range(rows)]

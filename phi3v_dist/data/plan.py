@@ -131,7 +131,7 @@ class Plan:
         return self.steps_between(0, self.end_row(epochs))
 
     def step(self, first_row: int, end_row: int | None = None) -> StepRows:
-        """The rows of the optimizer step that begins with row `first_row`. It takes no row from `end_row` on."""
+        """The rows of the optimizer step that begins with row `first_row`. None from `end_row` on."""
         stop = first_row + self.global_batch
         if end_row is not None:
             stop = min(stop, end_row)

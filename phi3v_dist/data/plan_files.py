@@ -2,8 +2,8 @@
 costs.
 
 In: a directory and a key made of everything that shapes the plan. Out: epochs, mapped into memory, so that
-the ranks of a node share them. A file that is damaged or missing is simply made again: the plan is a pure
-function. Called by `plan`; one process writes (the main rank), all read.
+the ranks of a node share them. A damaged or missing file is made again: the plan is a pure
+function. One process (the main rank) writes, all read.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ class SampleReader:
 def _check_size(size: int, expected: ShardInfo) -> None:
     if size != expected.bytes:
         raise BadInputError(
-            f"{expected.name}: {size} bytes, {expected.bytes} in dataset.json; it was cut short or replaced by "
-            "another version"
+            f"{expected.name}: {size} bytes, {expected.bytes} in dataset.json; it was cut short or "
+            "replaced by another version"
         )
 
 

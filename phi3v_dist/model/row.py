@@ -1,8 +1,7 @@
 """The packed row: what one micro-batch is, from the collator to the model.
 
 Whole documents one after the other in one sequence of T positions, padded only at the end. Documents never
-attend to each other, and each one gets the LongRoPE factors of its own length. Made by `data.collate`, eaten
-by `Phi3VForCausalLM.forward(row=...)`.
+attend to each other, and each one gets the LongRoPE factors of its own length.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class PackedRow:
         nothing: the first label of a document is always -100.
     position_ids: int64 [T]; restart at 0 for each document.
     cu_seqlens: int32 [documents + 1]; document d is positions cu_seqlens[d] .. cu_seqlens[d + 1] - 1.
-    tiles: uint8 [tiles, 3, S, S]; the tiles of all pictures, picture after picture, row-major within one.
-    grids: int64 [pictures, 2]; rows and columns of tiles of each picture; sum of rows * columns = tiles.
+    tiles: uint8 [tiles, 3, S, S]; the tiles of all images, image after image, row-major within one.
+    grids: int64 [images, 2]; rows and columns of tiles of each image; sum of rows * columns = tiles.
     image_positions: int64 [image tokens]; where input_ids is negative, ascending.
     vision_calls: calls of the vision tower that every rank makes for its row of this micro-step, at least 1;
         the same number on all ranks, or ZeRO-3's collectives would not match.
@@ -49,7 +48,7 @@ class PackedRow:
         return PackedRow(**moved)
 
     def padded(self, multiple: int) -> PackedRow:
-        """The same row with T a multiple of `multiple`; what is added is a document of its own at the end."""
+        """The same row with T a multiple of `multiple`; the added part is a separate document at the end."""
         added = -len(self.input_ids) % multiple
         if not added:
             return self

@@ -23,7 +23,7 @@ from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.engine import step as engine_step
 from phi3v_dist.engine.nvme import remove_swapped
 from phi3v_dist.engine.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
-from phi3v_dist.evaluation.in_training import BestSoFar, PendingEvaluation, Validation
+from phi3v_dist.evaluation.in_training import BestSoFar, PendingEvaluation, InTrainingEvaluation
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.groups import choose_learning
 from phi3v_dist.model.hub import build_model, load_weights
@@ -67,7 +67,7 @@ class Job:
     saver: Saver
     tracker: Tracker | None
     line: ProgressLine
-    evaluation: Validation
+    evaluation: InTrainingEvaluation
     pending: PendingEvaluation
     best: BestSoFar
     number_guard: NumberGuard

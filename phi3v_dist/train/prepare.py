@@ -18,7 +18,7 @@ from phi3v_dist.config import RunConfig
 from phi3v_dist.data.plan import Plan
 from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
 from phi3v_dist.engine.nvme import prepare_swapping
-from phi3v_dist.evaluation.in_training import PendingEvaluation, Validation
+from phi3v_dist.evaluation.in_training import PendingEvaluation, InTrainingEvaluation
 from phi3v_dist.exits import PreemptedError
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.pretrained import Pretrained, model_config_of, prepare_pretrained
@@ -48,7 +48,7 @@ class Ready:
     pretrained: Pretrained
     data: PreparedData
     pending: PendingEvaluation
-    evaluation: Validation | None
+    evaluation: InTrainingEvaluation | None
 
     @property
     def plan(self) -> Plan:
@@ -80,7 +80,9 @@ def prepare(config: RunConfig, mesh: Mesh, run: Run) -> Ready:
         return ready
     model = pretrained.model_config
     mesh.on_main(lambda: check_room(config, model, run.directory, resuming=resume is not None))
-    evaluation = mesh.everywhere(lambda: Validation(config, pretrained, mesh, lambda: run.stop.requested))
+    evaluation = mesh.everywhere(
+        lambda: InTrainingEvaluation(config, pretrained, mesh, stop=lambda: run.stop.requested)
+    )
     leave_if_asked(run, mesh)
     return replace(ready, evaluation=evaluation)
 
