@@ -160,7 +160,7 @@ def batch_script(folder: Path, parameters: Mapping[str, Any], *, tasks: int | No
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = "python -u -m submitit.core._submit FOLDER"
-    array = {} if tasks is None else {"map_count": tasks}
+    array: dict[str, Any] = {} if tasks is None else {"map_count": tasks}
     return str(_make_sbatch_string(command, folder, **array, **parameters))
 
 

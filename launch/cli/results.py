@@ -58,7 +58,7 @@ def _data_of(checkpoint: Path) -> str | None:
     """The dataset that a checkpoint's run trained on, if it is still there."""
     from phi3v_dist.checkpoint.read import read_meta
 
-    data = read_meta(checkpoint)["run"]["config"]["data"]
+    data = read_meta(checkpoint).run["config"]["data"]
     path = data.get("path") or next((source["path"] for source in data.get("sources") or []), None)
     return path if path is not None and ("://" in path or Path(path).is_dir()) else None
 

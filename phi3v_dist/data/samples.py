@@ -112,13 +112,13 @@ class BatchRecords:
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._keys, self._shards = _Strings(batch.column("key")), _Strings(batch.column("shard"))
         self._metas = _Strings(batch.column("meta")) if "meta" in batch.schema.names else None
-        self._sources = memoryview(np.asarray(batch.column("source")))
+        self._sources = _integers(batch.column("source"))
         images, messages = batch.column("images"), batch.column("messages")
-        self._image_starts = memoryview(np.asarray(images.offsets))
-        self._message_starts = memoryview(np.asarray(messages.offsets))
+        self._image_starts = _integers(images.offsets)
+        self._message_starts = _integers(messages.offsets)
         self._members = _Strings(_field(images, "member"))
         self._offsets, self._lengths, self._widths, self._heights = (
-            memoryview(np.asarray(_field(images, name))) for name in ("offset", "length", "width", "height")
+            _integers(_field(images, name)) for name in ("offset", "length", "width", "height")
         )
         self._roles, self._contents = (_Strings(_field(messages, name)) for name in ("role", "content"))
 
@@ -153,6 +153,12 @@ class BatchRecords:
 def _field(column: pa.ListArray, name: str) -> pa.Array:
     """A field of the structs in a list column, for all lists one after the other."""
     return column.values.field(column.type.value_type.get_field_index(name))
+
+
+def _integers(column: pa.Array) -> memoryview:
+    """A column of integers without nulls, as a view of its memory."""
+    array: Any = np.asarray(column)  # a buffer, although numpy's stubs do not say so
+    return memoryview(array)
 
 
 class _Strings:

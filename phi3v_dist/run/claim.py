@@ -119,9 +119,9 @@ def open_run_dir(
 ) -> None:
     """Writes config.yaml of the run that starts or resumes here; for the main rank.
 
-    before: what made the checkpoint that it resumes from (`provenance`), None without one. wandb_id: of the W&B
-    run in that checkpoint. Raises BadInputError if it is of another configuration or other data, naming what
-    differs and what may.
+    before: what made the checkpoint that it resumes from (`provenance`), None without one. wandb_id: of the
+    W&B run in that checkpoint. Raises BadInputError if it is of another configuration or other data, naming
+    what differs and what may.
     """
     run_dir = config.run_dir
     try:

@@ -15,15 +15,21 @@ from typing import Any
 
 from phi3v_dist.budget.flops import Flops, peak_tflops, row_flops, shape_of
 from phi3v_dist.checkpoint import read as checkpoint
-from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.checkpoint.save import ModelCard, Saver
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.loader import LoadedRow, load_rows
 from phi3v_dist.data.plan import Plan, RankRows
 from phi3v_dist.engine import step as engine_step
 from phi3v_dist.engine.nvme import remove_swapped
-from phi3v_dist.engine.zero import make_engine, partitioned_fraction, prepare_deepspeed, zero_config
-from phi3v_dist.evaluation.in_training import BestSoFar, PendingEvaluation, InTrainingEvaluation
+from phi3v_dist.engine.zero import (
+    make_engine,
+    partitioned_fraction,
+    partitioned_parameters,
+    prepare_deepspeed,
+    zero_config,
+)
+from phi3v_dist.evaluation.in_training import BestSoFar, InTrainingEvaluation, PendingEvaluation
 from phi3v_dist.model.dtypes import torch_dtype
 from phi3v_dist.model.groups import choose_learning
 from phi3v_dist.model.hub import build_model, load_weights
@@ -167,7 +173,7 @@ def _tracker(
     exit_code = 1
     tracker = None
     if mesh.is_main:
-        tracker = Tracker(config, run.directory, progress.step, about, progress.rows)
+        tracker = Tracker(config, run.directory, progress.step, about=about, from_row=progress.rows)
     node = watch_node(config, run.directory, mesh)
     try:
         yield tracker
@@ -210,15 +216,16 @@ def _make_engine(config: RunConfig, pretrained: Pretrained, *, mesh: Mesh) -> An
     """The ZeRO-3 engine with the first weights of the run."""
     prepare_deepspeed(mesh)
     accumulation = config.train.rows_each(mesh.dp_size)
-    model = build_model(
-        pretrained.model_config, torch_dtype(config.model.dtype), zero_config(config, accumulation)
-    )
+    dtype = torch_dtype(config.model.dtype)
+    with partitioned_parameters(zero_config(config, accumulation), dtype):
+        model = build_model(pretrained.model_config, dtype)
     mesh.everywhere(lambda: load_weights(model, pretrained.model_dir))
     model.vision_chunk = config.model.vision_chunk
     model.sequence = mesh.sequence
     save_memory(model, config)
     choose_learning(model, config.model, config.seed)
-    return make_engine(model, parameter_groups(model, config.train), config, accumulation)
+    groups = parameter_groups(model, config.train)
+    return make_engine(model, groups, config, accumulation=accumulation)
 
 
 def _saver(
@@ -234,7 +241,14 @@ def _saver(
     # After an evaluation that is still owed the checkpoint is saved again: it may turn out to be the best.
     saved_step = progress.step if ready.pending.metrics is None else 0
     return Saver(
-        engine, folder / CHECKPOINTS, card, about, folder / RUN_ID, mesh, config.checkpoint, saved_step
+        engine,
+        folder / CHECKPOINTS,
+        mesh,
+        card=card,
+        run=about,
+        wandb_id=folder / RUN_ID,
+        config=config.checkpoint,
+        saved_step=saved_step,
     )
 
 

@@ -11,7 +11,7 @@ import logging
 import time
 
 from phi3v_dist.checkpoint import read as checkpoint
-from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.config import RunConfig
 from phi3v_dist.engine.step import param_groups
 from phi3v_dist.exits import PreemptedError
@@ -72,7 +72,7 @@ def loop(job: Job) -> Progress:
             job.tracker.log(progress.step, metrics)
         fault = _save(job, progress, due, metrics=metrics, is_best=is_best, window=window)
         if owed is not None and not due.interrupted:
-            job.pending.settle()
+            job.pending.clear()
         if due.stop:
             raise _stopped(job, progress, fault)
         if due.last and fault is not None:
@@ -97,7 +97,7 @@ def _evaluate(job: Job, step: int, due: Due, *, metrics: Metrics) -> tuple[Due, 
     scores = job.evaluation.run(step, job.engine)
     if scores is None:
         _log.warning("step %d: evaluation interrupted by a request to stop; the next start makes it", step)
-        job.pending.note(step, metrics)
+        job.pending.record(step, metrics)
         return due.after_interruption(), metrics
     shown = [f"{name} {value:.4g}" for name, value in scores.items() if value is not None]
     _log.info("step %d  %s", step, "  ".join(shown))
@@ -110,7 +110,7 @@ def _save(
     """Saves if it is due or the evaluation is the best so far; why the last checkpoint of the process could
     not be written, else None.
     """
-    as_best = job.best.note(progress.step, metrics) if is_best else None
+    as_best = job.best.record_when_saved(progress.step, metrics) if is_best else None
     if due.last:
         job.run.heartbeat.at(progress.step, "last save")
         return job.saver.save_surely(progress, as_best)

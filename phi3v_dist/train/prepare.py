@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from phi3v_dist.checkpoint import read as checkpoint
-from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.config import RunConfig
 from phi3v_dist.data.plan import Plan
 from phi3v_dist.data.prepare import PreparedData, data_fingerprint, prepare_data
 from phi3v_dist.engine.nvme import prepare_swapping
-from phi3v_dist.evaluation.in_training import PendingEvaluation, InTrainingEvaluation
+from phi3v_dist.evaluation.in_training import InTrainingEvaluation, PendingEvaluation
 from phi3v_dist.exits import PreemptedError
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.pretrained import Pretrained, model_config_of, prepare_pretrained
@@ -65,10 +65,9 @@ def prepare(config: RunConfig, mesh: Mesh, run: Run) -> Ready:
 
     Raises BadInputError on every rank for what the user can fix, PreemptedError if a rank was asked to stop.
     """
-    fingerprint, resume = _open(config, mesh, run)
+    fingerprint, resume, progress = _open(config, mesh, run)
     pretrained, data = _inputs(config, mesh, run)
     end_row = data.plan.end_row(config.train.epochs) if config.train.epochs else None
-    progress = Progress() if resume is None else Progress(**checkpoint.read_meta(resume)["progress"])
     steps = config.train.steps or progress.step + data.plan.steps_between(progress.rows, end_row or 0)
     ready = Ready(
         fingerprint=fingerprint, resume=resume, progress=progress, steps=steps, end_row=end_row,
@@ -87,14 +86,17 @@ def prepare(config: RunConfig, mesh: Mesh, run: Run) -> Ready:
     return replace(ready, evaluation=evaluation)
 
 
-def _open(config: RunConfig, mesh: Mesh, run: Run) -> tuple[str, Path | None]:
-    """Makes the run directory this run's: the fingerprint of its data, the checkpoint it resumes from."""
+def _open(config: RunConfig, mesh: Mesh, run: Run) -> tuple[str, Path | None, Progress]:
+    """Makes the run directory this run's. Out: the fingerprint of its data, the checkpoint that it resumes
+    from and the progress at that.
+    """
     fingerprint = mesh.everywhere(lambda: data_fingerprint(config))
     check_same_everywhere(config, fingerprint, mesh)
     resume = checkpoint.find_resume(run.directory / CHECKPOINTS, mesh)
-    before = None if resume is None else mesh.everywhere(lambda: checkpoint.read_meta(resume))
-    mesh.on_main(lambda: open_run_dir(config, fingerprint, before))
-    return fingerprint, resume
+    meta = None if resume is None else mesh.everywhere(lambda: checkpoint.read_meta(resume))
+    before, wandb_id = (None, None) if meta is None else (meta.run, meta.wandb_id)
+    mesh.on_main(lambda: open_run_dir(config, fingerprint, before, wandb_id=wandb_id))
+    return fingerprint, resume, Progress() if meta is None else meta.progress
 
 
 def _inputs(config: RunConfig, mesh: Mesh, run: Run) -> tuple[Pretrained, PreparedData]:

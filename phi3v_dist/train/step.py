@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from phi3v_dist.budget.flops import Flops
-from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.data.loader import LoadedRow, RowCounts
 from phi3v_dist.data.plan import StepRows
 from phi3v_dist.engine import step as engine_step

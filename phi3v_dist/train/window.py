@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from phi3v_dist.budget.flops import Flops, utilisation
-from phi3v_dist.checkpoint.read import Progress
+from phi3v_dist.checkpoint.meta import Progress
 from phi3v_dist.data.loader import RowCounts
 from phi3v_dist.parallel.mesh import Mesh
 from phi3v_dist.tracking.tracker import host_memory
@@ -91,7 +91,7 @@ class Window:
             "train/images_seen": progress.images,
             "perf/tokens_per_second": speed,
             "perf/tokens_per_second_per_gpu": speed / mesh.size,
-            **utilisation(sums.flops, max(1e-9, sums.busy), mesh.size, self._peak_tflops),
+            **utilisation(sums.flops, max(1e-9, sums.busy), mesh.size, peak=self._peak_tflops),
             "time/step": sums.busy / max(1, sums.steps),
             "time/data_wait": sums.waited / max(1, sums.steps),
             "time/checkpoint": self._saved_in,
