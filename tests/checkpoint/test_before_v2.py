@@ -15,10 +15,10 @@ from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.checkpoint.restore import find_source, restore
 from phi3v_dist.config import load_config
 from phi3v_dist.data.reader import SampleReader
+from phi3v_dist.data.samples import read_samples
 from phi3v_dist.parallel.mesh import open_mesh
 from phi3v_dist.processor.image import hd_tiles
 from phi3v_dist.train.loop import train
-from shards.format.index import read_index
 from tests.ranks import logged
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -68,15 +68,15 @@ def test_an_old_run_resumes_and_learns_what_it_learnt(tmp_path: Path) -> None:
 
 
 def test_images_of_an_old_dataset_are_read() -> None:
-    index = read_index(str(DATASET), "train", ["key", "messages", "images", "shard"]).to_pylist()
-    assert len(index) == 5
-    reader = SampleReader(str(DATASET))
+    samples = read_samples([str(DATASET)], "train")
+    assert len(samples) == 5
+    reader = SampleReader(samples.roots, samples.shards)
     try:
-        for record in index:
+        for record in samples.records(range(5)):
             (data,) = reader.images(record)
-            (image,) = record["images"]
+            (image,) = record.images
             decoded = Image.open(io.BytesIO(data))
-            assert decoded.size == (image["width"], image["height"])
+            assert decoded.size == (image.width, image.height)
             assert hd_tiles(decoded, 1, 112).shape[1:] == (3, 112, 112)
     finally:
         reader.close()

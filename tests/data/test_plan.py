@@ -243,7 +243,7 @@ def test_the_work_of_a_row_follows_the_flops_of_the_published_model() -> None:
     rows = [[0], [0, 0, 0], [1], [2], [3]]
     flops = []
     for row in rows:
-        views = int(sum(made.tiles[n] + made.pictures[n] for n in row))
+        views = int(sum(made.tiles[n] + made.images[n] for n in row))
         shape = RowShape([int(made.tokens[n]) for n in row], views, targets=0)
         flops.append(row_flops(run, Phi3VConfig(), shape).model)
     work = np.array([row_cost(made, np.array(row)) for row in rows])

@@ -27,18 +27,18 @@ FULL = Path(__file__).parents[2] / "configs/full-128k.yaml"
 )
 def test_what_cannot_work_is_refused(overrides: list[str], ranks: int, words: str) -> None:
     with pytest.raises(BadInputError) as caught:
-        check_limits(load_config(FULL, overrides), Phi3VConfig(), ranks, 80 * 10**9)
+        check_limits(load_config(FULL, overrides), Phi3VConfig(), ranks, gpu_bytes=80 * 10**9)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_what_works_is_not() -> None:
-    check_limits(load_config(FULL), Phi3VConfig(), 8, 80 * 10**9)
-    check_limits(load_config(FULL, ["parallel.sp=1"]), Phi3VConfig(), 1, None)  # no GPU to ask
+    check_limits(load_config(FULL), Phi3VConfig(), 8, gpu_bytes=80 * 10**9)
+    check_limits(load_config(FULL, ["parallel.sp=1"]), Phi3VConfig(), 1, gpu_bytes=None)  # no GPU to ask
 
 
 def test_fewer_key_value_heads_limit_sp() -> None:
     with pytest.raises(BadInputError, match="num_key_value_heads=4"):
-        check_limits(load_config(FULL), Phi3VConfig(num_key_value_heads=4), 8, None)
+        check_limits(load_config(FULL), Phi3VConfig(num_key_value_heads=4), 8, gpu_bytes=None)
 
 
 def test_an_offload_path_is_tried(tmp_path: Path) -> None:
