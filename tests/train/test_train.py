@@ -52,9 +52,13 @@ def plain_losses(config_path: Path, init: Path) -> list[float]:
     samples = read_samples(config.data.paths, "train")
     costs = sample_costs(samples, Counter(tokenizer, 1, 112))
     layout = Layout(samples.shard_numbers(), samples.bounds())
-    plan = Plan(costs, config.data.seq_len, config.seed, config.train.global_batch, layout=layout)
-    maker = RowMaker(samples, tokenizer, 1, 112, tokenizer.pad_token_id)
-    rows = load_rows(maker, RankRows(plan, 0, 1, 64, 0, config.train.steps or 0), 0, 1, 60)
+    plan = Plan(
+        costs, config.data.seq_len, config.seed, global_batch=config.train.global_batch, layout=layout
+    )
+    maker = RowMaker(samples, tokenizer, 1, tile=112)
+    steps = config.train.steps or 0
+    mine = RankRows(plan, dp_rank=0, dp_size=1, vision_chunk=64, first_row=0, steps=steps)
+    rows = load_rows(maker, mine, 0, prefetch=1, timeout_s=60)
     groups = parameter_groups(model, config.train)
     optimizer = torch.optim.AdamW(
         groups, betas=(config.train.betas[0], config.train.betas[1]), eps=config.train.eps
