@@ -20,14 +20,16 @@ from phi3v_dist.checkpoint.restore import Source, find_source, model_config, res
 from phi3v_dist.evaluation.generate import generate
 from phi3v_dist.evaluation.prompts import Prompt, Prompts, read_split
 from phi3v_dist.model.dtypes import torch_dtype
-from phi3v_dist.model.hub import write_hub_directory
+from phi3v_dist.model.hub import DEFAULT_SHARD_BYTES, write_hub_directory
 from shards.common.errors import BadInputError
 from shards.common.files import write_atomically
 
 _VERIFY_TOKENS = 32
 
 
-def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes: int = 5_000_000_000) -> Path:
+def export(
+    source: Source, out: Path, dtype: str | None = None, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> Path:
     """Writes `source`, a checkpoint, to the directory `out`; returns it.
 
     dtype: a name in model.dtypes; None: the one that the run trained in. max_shard_bytes: of a weight file,
@@ -39,7 +41,7 @@ def export(source: Source, out: Path, dtype: str | None = None, max_shard_bytes:
         out,
         model_config(source),
         checkpoint.read_tensors(source.directory),
-        torch_dtype(dtype or meta.run["config"]["model"]["dtype"]),
+        dtype=torch_dtype(dtype or meta.run["config"]["model"]["dtype"]),
         max_shard_bytes=max_shard_bytes,
         num_crops=meta.num_crops,
         tokenizer_dir=source.directory,
@@ -97,7 +99,7 @@ def _checked(source: Source, out: Path) -> CheckpointMeta:
     return checkpoint.read_meta(source.directory)
 
 
-def verify(source: Source, out: Path, dataset: str | None = None, samples: int = 4) -> list[str]:
+def verify(source: Source, out: Path, dataset: str | None = None, *, samples: int = 4) -> list[str]:
     """Loads `out` again through transformers and compares with `source`: every weight, bit for bit, and the
     answers to `samples` questions of `dataset` (its val split, else train; None: to a question without a
     picture). Returns the answers.

@@ -100,7 +100,14 @@ def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
     }
     if not _is_made(made, of):
         shutil.rmtree(made, ignore_errors=True)
-        init_random_checkpoint(new, made, config.seed, torch.float32, config.data.num_crops, tokens)
+        init_random_checkpoint(
+            new,
+            made,
+            config.seed,
+            dtype=torch.float32,
+            num_crops=config.data.num_crops,
+            tokenizer_dir=tokens,
+        )
         _note_made(made, of)
     return made, tokens
 

@@ -224,7 +224,7 @@ def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
             tensor, (a, b) = read(name), adapters_of(name)
             if a in entries:
                 lora = meta.run["config"]["model"]["lora"]
-                tensor = tensor.float() + update(read(a), read(b), lora["rank"], lora["alpha"])
+                tensor = tensor.float() + update(read(a), read(b), rank=lora["rank"], alpha=lora["alpha"])
             yield name, tensor
 
 

@@ -62,7 +62,15 @@ def trained_slices(engine: Any) -> Iterator[TrainedSlice]:
         group = zero.sub_group_to_group_id[sub_group]
         for parameter in parameters:
             count = parameter.partition_numel()
-            yield TrainedSlice(names[parameter], parameter, master, offset, count, sub_group, group)
+            yield TrainedSlice(
+                names[parameter],
+                parameter,
+                master,
+                offset=offset,
+                count=count,
+                sub_group=sub_group,
+                group=group,
+            )
             offset += count
 
 
@@ -101,13 +109,15 @@ class OptimizerState:
     def __init__(self, engine: Any) -> None:
         self._optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
         self._swapped = SwappedState(engine.optimizer)
-        found = _try_optimizer(self._optimizer)
+        # The state must lie where torch puts it: fused AdamW keeps its step count beside the parameter, on a
+        # GPU too; AdamW without fused keeps it on the CPU (torch 2.13).
+        found = _try_optimizer(self._optimizer, engine.optimizer.fp32_partitioned_groups_flat[0].device)
         self.tensors = tuple(
             StateTensor(name, value.dtype, float(value[0]))
             for name, value in found.items()
             if isinstance(value, torch.Tensor) and value.shape == (2,)
         )
-        self._counts_steps = _STEP in found
+        self._step = found.get(_STEP)
         per_element = {each.name for each in self.tensors}
         others = [name for name, value in found.items() if value is not None]
         if unknown := sorted({*others} - per_element - {_STEP}):
@@ -145,8 +155,8 @@ class OptimizerState:
 
     def set_step(self, trained: TrainedSlice, step: float) -> None:
         """Sets the step count of the slice's sub-group, if the optimizer counts steps."""
-        if self._counts_steps:
-            self._optimizer.state[trained.master][_STEP] = torch.tensor(float(step))
+        if self._step is not None:
+            self._optimizer.state[trained.master][_STEP] = _step_like(self._step, step)
 
     def steps(self, slices: list[TrainedSlice]) -> list[float]:
         """The step count of each parameter group; 0 before its first step. slices: all of this rank.
@@ -179,10 +189,17 @@ class OptimizerState:
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _try_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state that `optimizer` keeps for a parameter of two elements, after a step with gradient zero."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.zeros(2)
+def _step_like(kept: Any, step: float) -> Any:
+    """A step count of the kind that the optimizer keeps: a tensor [] of that dtype on that device, or a number."""
+    return torch.full_like(kept, step) if isinstance(kept, torch.Tensor) else type(kept)(step)
+
+
+def _try_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> dict[str, Any]:
+    """The state that `optimizer` keeps for a float32 parameter of two elements on `device`, after a step with
+    a gradient of zero. `optimizer` itself does not change.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(2, device=device))
+    parameter.grad = torch.zeros(2, device=device)
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
     trial.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]

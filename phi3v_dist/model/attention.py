@@ -118,6 +118,7 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     scaling: float | None = None,
     layout: Layout | None = None,
     sequence: SequenceGroup | None = None,
@@ -131,7 +132,7 @@ def packed_attention(
     rank attends with its share of the heads over all positions.
     """
     if layout is None:
-        return _cached(query, key, value, attention_mask, scaling), None
+        return _cached(query, key, value, attention_mask=attention_mask, scaling=scaling), None
     batch, length = query.shape[0], query.shape[2]
     # [B, heads, T, d] -> [B * T, heads, d]: a view of how the projection left it
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
@@ -140,7 +141,7 @@ def packed_attention(
     attend = _varlen if q.is_cuda and q.dtype in _HALF else _grouped
     if sequence is not None:
         q, k, v = sequence.to_heads(q, k, v)
-    out = attend(q, k, v, layout, scaling)
+    out = attend(q, k, v, layout=layout, scaling=scaling)
     if sequence is not None:
         out = sequence.to_positions(out)
     if layout.tokens is not None:
@@ -149,7 +150,7 @@ def packed_attention(
 
 
 def _varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: Layout, scaling: float | None
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -163,7 +164,7 @@ def _varlen(
 
 
 def _grouped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: Layout, scaling: float | None
 ) -> torch.Tensor:
     gqa = q.shape[1] != k.shape[1]
     groups = layout.groups
@@ -184,6 +185,7 @@ def _cached(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    *,
     attention_mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:

@@ -40,7 +40,7 @@ def choose_learning(model: Phi3VForCausalLM, config: ModelConfig, seed: int) -> 
         return
     parts = config.lora.parts
     others = [p for n, p in model.named_parameters() if p.requires_grad and group_of(n) not in parts]
-    add_lora(model, parts, config.lora.rank, config.lora.alpha, seed)
+    add_lora(model, parts, rank=config.lora.rank, alpha=config.lora.alpha, seed=seed)
     for parameter in others:
         parameter.requires_grad_(True)
 

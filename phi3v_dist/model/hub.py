@@ -170,6 +170,7 @@ def init_random_checkpoint(
     config: Phi3VConfig,
     directory: str | Path,
     seed: int,
+    *,
     dtype: torch.dtype,
     num_crops: int = 16,
     tokenizer_dir: str | Path | None = None,
@@ -186,7 +187,7 @@ def init_random_checkpoint(
         directory,
         config,
         model.named_parameters(),
-        dtype,
+        dtype=dtype,
         num_crops=num_crops,
         tokenizer_dir=directory if tokenizer_dir is None else tokenizer_dir,
     )
@@ -196,10 +197,10 @@ def write_hub_directory(
     out: str | Path,
     config: Phi3VConfig,
     named_tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
     dtype: torch.dtype,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     num_crops: int = 16,
-    *,
     tokenizer_dir: str | Path,
 ) -> None:
     """Writes a complete hub directory; `out` appears complete or not at all.
@@ -214,8 +215,8 @@ def write_hub_directory(
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write_weights(staging, config, named_tensors, dtype, max_shard_bytes)
-        _write_configs(staging, config, dtype, num_crops, Path(tokenizer_dir))
+        _write_weights(staging, config, named_tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        _write_configs(staging, config, Path(tokenizer_dir), dtype=dtype, num_crops=num_crops)
         _publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -232,6 +233,7 @@ def _write_weights(
     directory: Path,
     config: Phi3VConfig,
     named_tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
@@ -281,7 +283,7 @@ def _write_weights(
 
 
 def _write_configs(
-    directory: Path, config: Phi3VConfig, dtype: torch.dtype, num_crops: int, source: Path
+    directory: Path, config: Phi3VConfig, source: Path, *, dtype: torch.dtype, num_crops: int
 ) -> None:
     tokenizer = load_tokenizer(source)
     config = copy.deepcopy(config)

@@ -47,7 +47,7 @@ def _is_dead(module: nn.Module) -> bool:
 
 
 def add_lora(
-    model: Phi3VForCausalLM, parts: Sequence[str], rank: int = 16, alpha: float = 32.0, seed: int = 0
+    model: Phi3VForCausalLM, parts: Sequence[str], *, rank: int = 16, alpha: float = 32.0, seed: int = 0
 ) -> Phi3VForCausalLM:
     """Puts adapters on `parts` of `model` and returns it; from then on nothing learns but them. They change
     nothing yet (B is zero); A is drawn from `seed`, alike on every rank.
@@ -109,7 +109,7 @@ def adapters_of(name: str) -> tuple[str, str]:
     return layer + LORA_A, layer + LORA_B
 
 
-def update(a: torch.Tensor, b: torch.Tensor, rank: int, alpha: float) -> torch.Tensor:
+def update(a: torch.Tensor, b: torch.Tensor, *, rank: int, alpha: float) -> torch.Tensor:
     """What an adapter adds to its weight. a: [rank, in], b: [out, rank] -> [out, in]."""
     return (alpha / rank) * (b @ a)
 

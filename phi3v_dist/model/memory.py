@@ -45,11 +45,11 @@ def tile_mlp(model: Phi3VForCausalLM, positions: int) -> None:
         return
     for layer in model.model.layers:
         mlp: Any = layer.mlp
-        mlp.forward = partial(_tiled, mlp, mlp.forward, positions)
+        mlp.forward = partial(_tiled, mlp, mlp.forward, positions=positions)
 
 
 def _tiled(
-    mlp: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], positions: int, hidden: torch.Tensor
+    mlp: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, *, positions: int
 ) -> torch.Tensor:
     if hidden[..., 0].numel() <= positions:
         return whole(hidden)

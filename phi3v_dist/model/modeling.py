@@ -247,7 +247,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
             row = row.padded(sequence.size)
             part = sequence.part(len(row.input_ids))
         embeddings = self._embed_row(row, part)[None]
-        rotation = self.model.rope.packed(row.position_ids, row.cu_seqlens, embeddings.dtype, part)
+        rotation = self.model.rope.packed(row.position_ids, row.cu_seqlens, embeddings.dtype, part=part)
         attention: dict[str, Any] = {"layout": make_layout(row.cu_seqlens), "sequence": sequence}
         if self.config._attn_implementation == "eager":
             if sequence is not None:
@@ -279,7 +279,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
             cuts = torch.searchsorted(row.image_positions.cpu(), edges).tolist()
             first, stop = cuts[self.sequence.rank], cuts[self.sequence.rank + 1]
         vectors = self.model.vision_embed_tokens(
-            row.tiles, None, row.grids, row.vision_calls, self.sequence, cuts
+            row.tiles, None, row.grids, calls=row.vision_calls, sequence=self.sequence, cuts=cuts
         )
         positions = row.image_positions[first:stop] - part.start
         return self.model.embed(row.input_ids[part], positions, vectors)
@@ -333,7 +333,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
             )
         tiles = torch.cat([views[1 : 1 + n] for views, n in zip(pixel_values, counts, strict=True)])
         calls = vision_calls_needed(len(tiles), len(counts), self.vision_chunk)
-        return vision(tiles, pixel_values[:, 0], grids, calls)
+        return vision(tiles, pixel_values[:, 0], grids, calls=calls)
 
     def _batch_attention(
         self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None, past: int

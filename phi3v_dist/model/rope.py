@@ -56,6 +56,7 @@ class LongRope:
         position_ids: torch.Tensor,
         cu_seqlens: torch.Tensor,
         dtype: torch.dtype,
+        *,
         part: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [1, T, head_dim], each document with the factors of its own length.

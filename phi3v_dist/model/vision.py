@@ -82,6 +82,7 @@ class VisionEmbedding(nn.Module):
         tiles: torch.Tensor,
         globals_: torch.Tensor | None,
         grids: torch.Tensor,
+        *,
         calls: int,
         sequence: SequenceGroup | None = None,
         cuts: Sequence[int] = (),
@@ -128,7 +129,6 @@ class VisionEmbedding(nn.Module):
         """
         num_tiles, num_views = len(tiles), len(tiles) + len(globals_)
         total = max(num_views, calls)
-        dtype = self.glb_GN.dtype
         bounds = [total * call // calls for call in range(calls + 1)]
         saving = self.gradient_checkpointing and self.training and calls > 1
         tower_learns = any(parameter.requires_grad for parameter in self.img_processor.parameters())
@@ -138,24 +138,21 @@ class VisionEmbedding(nn.Module):
             whole = globals_[max(start - num_tiles, 0) : max(min(stop, num_views) - num_tiles, 0)]
             blanks = stop - max(start, num_views) if stop > num_views else 0
             if not saving:
-                chunk = self._encode_chunk(raw, whole, blanks, dtype)
+                chunk = self._encode_chunk(raw, whole, blanks)
             elif tower_learns:
-                chunk = self._gradient_checkpointing_func(self._encode_chunk, raw, whole, blanks, dtype)
+                chunk = self._gradient_checkpointing_func(self._encode_chunk, raw, whole, blanks)
             else:  # backward ends at the projection, for which the tower need not run again
-                features = self._features(raw, whole, blanks, dtype)
+                features = self._features(raw, whole, blanks)
                 chunk = self._gradient_checkpointing_func(self._project, features)
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
-    def _encode_chunk(
-        self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        return self._project(self._features(tiles, globals_, blanks, dtype))
+    def _encode_chunk(self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int) -> torch.Tensor:
+        return self._project(self._features(tiles, globals_, blanks))
 
-    def _features(
-        self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """[views, side^2, width] of the tower."""
+    def _features(self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int) -> torch.Tensor:
+        """The tower's features [views, side^2, width] of tiles, global views and `blanks` blank views."""
+        dtype = self.glb_GN.dtype
         parts = []
         if len(tiles):
             parts.append((normalise(tiles) if tiles.dtype == torch.uint8 else tiles).to(dtype))

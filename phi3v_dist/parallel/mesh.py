@@ -197,7 +197,7 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
         store: Any = dist.HashStore()
     else:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
+        store = dist.PrefixStore(agree_on_start(store, rank, size, timeout_s=timeout_s), store)
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=store)
     try:
         sequence = sequence_group(rank, size, sp)
@@ -206,7 +206,7 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
                 "parallel.sp=%d does not divide the %d ranks of a node: rows are exchanged between nodes in "
                 "every layer, which is slow", sp, on_node,
             )  # fmt: skip
-        yield Mesh(rank, size, local_rank, device, store, timeout_s, sequence)
+        yield Mesh(rank, size, local_rank, device=device, store=store, timeout_s=timeout_s, sequence=sequence)
         # Leaving while another rank still works closes its connections. After an exception do not wait.
         dist.barrier()
     finally:

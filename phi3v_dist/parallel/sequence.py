@@ -91,14 +91,15 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any, sent: list[int], received: list[int]) -> torch.Tensor:
         ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _all_to_all(x, group, sent, received)
+        return _all_to_all(x, group, sent=sent, received=received)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.group, ctx.received, ctx.sent), None, None, None
+        back = _all_to_all(grads[0], ctx.group, sent=ctx.received, received=ctx.sent)
+        return back, None, None, None
 
 
-def _all_to_all(x: torch.Tensor, group: Any, sent: list[int], received: list[int]) -> torch.Tensor:
+def _all_to_all(x: torch.Tensor, group: Any, *, sent: list[int], received: list[int]) -> torch.Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
     return out

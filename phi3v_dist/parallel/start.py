@@ -15,7 +15,7 @@ from typing import Any
 _POLL_S = 0.05
 
 
-def agree_on_start(store: Any, rank: int, size: int, timeout_s: float) -> str:
+def agree_on_start(store: Any, rank: int, size: int, *, timeout_s: float) -> str:
     """Returns a name that is the same on all ranks of this start and new.
 
     Rank 0 chooses the name and lists the ranks that answered to it. The others answer to the name in the

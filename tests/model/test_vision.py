@@ -43,7 +43,7 @@ def test_compute_is_proportional_to_real_crops(tiny) -> None:
             vision.img_processor.vision_model(normalise(torch.cat([tiles, tiles[:1]])))
             alone = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
-            vectors = vision(tiles, None, torch.tensor([[rows, cols]]), 1)
+            vectors = vision(tiles, None, torch.tensor([[rows, cols]]), calls=1)
         assert len(vectors) == image_token_count(rows, cols, 4)
         spent[rows, cols] = alone / (rows * cols + 1)
         tokens = 16 * (rows * cols + 1) + 2  # the two separators are projected once

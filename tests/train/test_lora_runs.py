@@ -57,7 +57,7 @@ def test_adapters_learn_on_two_ranks_as_in_plain_torch(tiny_config: Path) -> Non
 
     # merged: an ordinary model, as transformers loads it
     out = export(source, run_dir / "merged", "float32")
-    assert len(verify(source, out, str(load_config(config).data.path), 2)) == 2
+    assert len(verify(source, out, str(load_config(config).data.path), samples=2)) == 2
     taken = dict(restore(find_source(out), "cpu", torch.float32).model.named_parameters())
     assert all(torch.equal(tensor, merged[name]) for name, tensor in taken.items())
 
