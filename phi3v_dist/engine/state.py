@@ -190,7 +190,7 @@ class OptimizerState:
 
 
 def _step_like(kept: Any, step: float) -> Any:
-    """A step count of the kind that the optimizer keeps: a tensor [] of that dtype on that device, or a number."""
+    """`step` as the optimizer keeps its count: a tensor with the dtype and device of `kept`, or a number."""
     return torch.full_like(kept, step) if isinstance(kept, torch.Tensor) else type(kept)(step)
 
 
@@ -201,6 +201,8 @@ def _try_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> di
     parameter = torch.nn.Parameter(torch.zeros(2, device=device))
     parameter.grad = torch.zeros(2, device=device)
     trial = copy.copy(optimizer)
+    # torch.optim copies only state, groups and defaults (2.13); a subclass may have attributes of its own.
+    vars(trial).update({name: value for name, value in vars(optimizer).items() if name not in vars(trial)})
     trial.state = defaultdict(dict)
     trial.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]
     type(optimizer).step(trial)

@@ -125,11 +125,11 @@ def test_inputs_that_do_not_fit_together_are_refused(tiny) -> None:
             {**good, "input_ids": text["input_ids"], "labels": None, "attention_mask": None},
             "no image position",
         ),
-        ({**good, "image_sizes": torch.tensor([[112, 112]])}, "image positions but the pictures have"),
+        ({**good, "image_sizes": torch.tensor([[112, 112]])}, "image positions but the images have"),
         ({**good, "image_sizes": torch.tensor([[1120, 1120]])}, "do not fit pixel_values"),
         (
             {**good, "pixel_values": good["pixel_values"][..., :56]},
-            r"expected \[pictures, views, 3, 112, 112\]",
+            r"expected \[images, views, 3, 112, 112\]",
         ),
     ]
     for inputs, says in wrong:
