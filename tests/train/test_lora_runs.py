@@ -88,7 +88,7 @@ def test_adapters_beside_parts_that_learn_in_full(tiny_config: Path) -> None:
     assert list(logged(run_dir, "train/loss").values()) == pytest.approx(
         plain_losses(config, run_dir / "init"), rel=2e-5
     )
-    with pytest.raises(BadInputError, match="weights have learnt in full beside the adapters"):
+    with pytest.raises(BadInputError, match="weights were trained beside the adapters"):
         export_adapter(find_source(run_dir), run_dir / "adapter")
     meta = checkpoint.read_meta(find_source(run_dir).directory)
     learnt = [name for name, entry in meta.parameters.items() if not entry.frozen]
