@@ -90,7 +90,7 @@ def _checked(source: Source, out: Path) -> CheckpointMeta:
     """The meta.json of `source`. Raises BadInputError if it is not a checkpoint, or `out` is not empty."""
     if not source.is_checkpoint:
         raise BadInputError(
-            f"{source.directory}: is an exported model already; export takes a run or a checkpoint"
+            f"{source.directory}: is a model directory already; export takes a run or a checkpoint"
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise BadInputError(f"{out}: is not an empty directory; choose another or remove it")

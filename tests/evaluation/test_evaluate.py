@@ -216,7 +216,7 @@ def test_what_cannot_be_used_is_refused(
         evaluate(source, str(products), EvalSettings(metrics=("prise",)), mesh=ALONE)
     with pytest.raises(BadInputError, match="neither a run, nor a checkpoint"):
         find_source(tmp_path)
-    with pytest.raises(BadInputError, match="is no run"):
+    with pytest.raises(BadInputError, match="is not a run"):
         find_source(f"{pretrained.model_dir}:best")
     with pytest.raises(BadInputError, match="a model directory already"):
         export(source, tmp_path / "out")
