@@ -82,7 +82,7 @@ class _Save:
 
 
 class Saver:
-    """Saves the state of `engine` to folder/step-N. All ranks call `save`, `agree` and `save_surely` together.
+    """Saves the state of `engine` to folder/step-N. All ranks call `save`, `agree` and `save_surely`.
 
     run: what else to record (the resolved configuration, versions). wandb_id: file with the id of the W&B
     run. saved_step: step of the checkpoint from which the run resumed, 0 without one. For errors while

@@ -368,7 +368,7 @@ def test_frozen_weights_that_outweigh_the_rest_stay_in_their_model_directory(
         with pytest.raises(BadInputError, match="other frozen weights"):
             load(run.engine, target, run.mesh)
         shutil.rmtree(pretrained)
-        with pytest.raises(BadInputError, match="its frozen weights are those of"):
+        with pytest.raises(BadInputError, match="the frozen ones are those of"):
             dict(checkpoint.read_tensors(target))
     finally:
         run.engine.optimizer.fp16_groups = groups
