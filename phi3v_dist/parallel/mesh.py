@@ -177,8 +177,8 @@ def _record_flight(logs: Path) -> None:
 
 @contextlib.contextmanager
 def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterator[Mesh]:
-    """Joins the process group that torchrun describes, and leaves it at the end. Without torchrun the group is
-    this process.
+    """Joins the process group that torchrun describes, and leaves it at the end. Without torchrun the group
+    is this process.
 
     It uses NCCL on CUDA, gloo on the CPU. timeout_s: seconds until a collective that waits for a lost rank
     fails. sp: number of ranks that share a row. logs: directory for NCCL's flight recorder, which records
@@ -191,7 +191,7 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise BadInputError(
-                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()} here; start "
+                f"process {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}; start "
                 "one process per GPU"
             )
         device, backend = torch.device("cuda", local_rank), "nccl"
