@@ -1,10 +1,9 @@
-"""Where a run starts: the directory with its first weights and its tokenizer, made on the spot for a new
-model.
+"""Where a run starts: a directory with its first weights, and one with its tokenizer.
 
-In: the configuration. Out: `Pretrained`. For `model.path` nothing is copied. For `model.config`, RUN/init
-gets a directory in the published layout with weights drawn from the seed and RUN/tokenizer, without
-`model.tokenizer`, a tokenizer trained on the train split. Each says what it was made of, and is made again
-when that has changed.
+In: the configuration. Out: `Pretrained`. With `model.path` both are that directory, and nothing is copied.
+With `model.config` random weights are written to RUN/init in the published layout and, without
+`model.tokenizer`, a tokenizer that is trained on the train split to RUN/tokenizer. Each of these directories
+records what it was made from, and is made again when that has changed.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _MADE_OF = "made-of.json"  # written last
 
 @dataclass(frozen=True)
 class Pretrained:
-    """model_dir: first weights in the published layout. tokenizer_dir: holds tokenizer.json."""
+    """model_dir: the first weights, in the published layout. tokenizer_dir: holds tokenizer.json."""
 
     model_dir: Path
     model_config: Phi3VConfig
@@ -48,10 +47,10 @@ class Pretrained:
 
 
 def prepare_pretrained(config: RunConfig, run_dir: Path, mesh: Mesh) -> Pretrained:
-    """Makes what is missing on the main rank, then reads it on all.
+    """Makes on the main rank what is missing, then reads it on every rank. All ranks call it.
 
-    Raises BadInputError on every rank: no such directory, not a Phi-3-V checkpoint, a vocabulary smaller
-    than the tokenizer.
+    Raises BadInputError on every rank if a directory is missing or not a Phi-3-V checkpoint, or if the
+    tokenizer has more tokens than the model.
     """
     model_dir, tokens = mesh.on_main(lambda: _make(config, run_dir))
     return mesh.everywhere(lambda: _read(model_dir, tokens))
@@ -69,7 +68,9 @@ def _read(model_dir: Path, tokens: Path) -> Pretrained:
 
 
 def model_config_of(config: RunConfig) -> Phi3VConfig:
-    """The sizes of the model before anything is there: of model.path if it exists, else as published."""
+    """The model's configuration before `prepare_pretrained`: of model.config, or of model.path; as published
+    if that directory does not exist.
+    """
     if config.model.config is not None:
         return _new_config(config.model.config, pad_token_id=None)
     assert config.model.path is not None
@@ -79,7 +80,7 @@ def model_config_of(config: RunConfig) -> Phi3VConfig:
 
 
 def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
-    """(model_dir, tokenizer_dir), made where they are missing."""
+    """(model_dir, tokenizer_dir); what is missing is made first."""
     tokens = tokenizer_dir(config, run_dir)
     if config.model.path is not None:
         load_config(config.model.path)
@@ -100,13 +101,20 @@ def _make(config: RunConfig, run_dir: Path) -> tuple[Path, Path]:
     }
     if not _is_made(made, of):
         shutil.rmtree(made, ignore_errors=True)
-        init_random_checkpoint(new, made, config.seed, torch.float32, config.data.num_crops, tokens)
+        init_random_checkpoint(
+            new,
+            made,
+            config.seed,
+            dtype=torch.float32,
+            num_crops=config.data.num_crops,
+            tokenizer_dir=tokens,
+        )
         _note_made(made, of)
     return made, tokens
 
 
 def tokenizer_dir(config: RunConfig, run_dir: Path) -> Path:
-    """The directory of the run's tokenizer; trained there, into RUN/tokenizer, if the run brings none."""
+    """The directory of the run's tokenizer. If `config` names none, it is trained into RUN/tokenizer."""
     if config.model.tokenizer is not None:
         return Path(config.model.tokenizer)
     if config.model.path is not None:
@@ -135,7 +143,7 @@ def _note_made(directory: Path, of: dict[str, Any]) -> None:
 
 
 def _new_config(fields: dict[str, Any], **defaults: int | None) -> Phi3VConfig:
-    """The model of model.config. Raises BadInputError, also for an unknown key."""
+    """The configuration in model.config. Raises BadInputError, also for an unknown key."""
     clip = fields.get("clip_vision_config")
     _check_keys(fields, Phi3VConfig, "model.config")
     if isinstance(clip, dict):

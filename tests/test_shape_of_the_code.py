@@ -17,8 +17,16 @@ TRAIN_PARAMETERS = 8
 POSITIONAL_PARAMETERS = 3
 POSITIONAL_ARGUMENTS = 5
 
-# Signatures that a library fixes: torch calls these by position, transformers passes its own names.
-FIXED_BY_A_LIBRARY = {"forward", "backward", "__exit__", "__call__", "prepare_inputs_for_generation"}
+# Signatures that a library fixes: torch calls these by position, transformers passes its own names, and gives
+# module, query, key, value and mask by position to an attention function that is registered with it.
+FIXED_BY_A_LIBRARY = {
+    "forward",
+    "backward",
+    "__exit__",
+    "__call__",
+    "prepare_inputs_for_generation",
+    "packed_attention",
+}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

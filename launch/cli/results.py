@@ -48,7 +48,7 @@ def export(
             raise BadInputError("--adapter writes adapters as trained; leave out --verify and --dtype")
         print(f"adapters exported to {export_adapter(source, out)}")
         return
-    print(f"exported to {export_model(source, out, dtype, int(max_shard_gb * 1e9))}")
+    print(f"exported to {export_model(source, out, dtype, max_shard_bytes=int(max_shard_gb * 1e9))}")
     if verify:
         answers = verify_export(source, out, dataset or _data_of(source.directory))
         print(f"verified: every weight and {len(answers)} answers are those of {source.directory}")

@@ -1,8 +1,8 @@
-"""Files of a checkpoint and their checksums: both are written in one pass, and checked later.
+"""Files of a checkpoint and their checksums: written in one pass, and checked later.
 
 In: tensors, a directory. Out: safetensors files, `manifest.json` (bytes and xxh3-128 of every file), and
-`COMPLETE` (the checksum of the manifest), which is written last. The checksums find accidents: truncated
-files, flipped bits, incomplete copies. No torch.distributed here.
+`COMPLETE` (the checksum of the manifest), which is written last. The checksums find accidents, such as
+truncated files, flipped bits and incomplete copies. Nothing here uses torch.distributed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from shards.common.files import write_atomically
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 
-_CHUNK = 16 << 20  # bytes written, and read, at a time
-_SMALL = 1 << 20  # bytes of a file whose content is always looked at
+_CHUNK = 16 << 20  # bytes that are written or read at a time
+_SMALL = 1 << 20  # bytes of a file whose content `shallow_fault` checks too
 _DTYPES = {
     torch.float64: "F64", torch.int64: "I64",
     torch.float32: "F32", torch.int32: "I32",
@@ -33,7 +33,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Written:
-    """One file of a checkpoint. digest: xxh3-128, hexadecimal."""
+    """A file of a checkpoint. size: bytes. digest: xxh3-128, hexadecimal."""
 
     name: str
     size: int
@@ -42,7 +42,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a flat tensor lies among the tensors of a file. offset, size: bytes."""
+    """Where a flat tensor is among the tensors of a file. offset, size: bytes."""
 
     name: str
     dtype: torch.dtype
@@ -55,7 +55,10 @@ class Slot:
 
 
 def lay_out(tensors: Sequence[tuple[str, torch.dtype, int]]) -> list[Slot]:
-    """Places for flat tensors (name, dtype, elements) in a file; the widest dtype first, which aligns all."""
+    """The slots of flat tensors (name, dtype, elements) in a file, in its order.
+
+    The widest dtype comes first, so that every tensor is aligned.
+    """
     slots, offset = [], 0
     for name, dtype, numel in sorted(tensors, key=lambda each: -each[1].itemsize):
         slots.append(Slot(name, dtype, numel, offset))
@@ -64,10 +67,10 @@ def lay_out(tensors: Sequence[tuple[str, torch.dtype, int]]) -> list[Slot]:
 
 
 def write_tensors(path: Path, slots: Sequence[Slot], data: Iterator[torch.Tensor]) -> Written:
-    """Writes a safetensors file to the disk; the file and its sum. Writing and summing hold no lock of
-    Python.
+    """Writes a safetensors file to the disk; returns its size and checksum.
 
-    data: the bytes of all slots in order, as contiguous CPU tensors of any lengths. Raises OSError.
+    data: the bytes of all slots in order, as contiguous CPU tensors of any lengths. Raises OSError. Writing
+    and the checksum release Python's GIL, so that other threads run.
     """
     table = {
         slot.name: {
@@ -84,11 +87,11 @@ def write_tensors(path: Path, slots: Sequence[Slot], data: Iterator[torch.Tensor
         for block in _blocks(len(header).to_bytes(8, "little") + header, data):
             digest.update(block)
             size += len(block)
-            while block:  # a raw write may write less, for example on a full disk
+            while block:  # an unbuffered write may be partial, for example on a full disk
                 block = block[stream.write(block) :]
         expected = 8 + len(header) + sum(slot.size for slot in slots)
         if size != expected:
-            raise OSError(f"{size} bytes of {expected} came")
+            raise OSError(f"{path.name}: got {size} of {expected} bytes to write")
         os.fsync(stream.fileno())
     return Written(path.name, size, digest.hexdigest())
 
@@ -102,7 +105,7 @@ def _blocks(header: bytes, data: Iterator[torch.Tensor]) -> Iterator[memoryview]
 
 
 def sum_file(path: Path) -> Written:
-    """The size and sum of a file as it is on the disk. Raises OSError."""
+    """The size and checksum of a file on the disk. Raises OSError."""
     digest, size = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as stream:
@@ -113,7 +116,7 @@ def sum_file(path: Path) -> Written:
 
 
 def seal(folder: Path, files: Sequence[Written]) -> None:
-    """Writes the manifest of a directory whose files are all there, then COMPLETE. Raises OSError."""
+    """Writes the manifest of a directory, then COMPLETE; all other files must be there. Raises OSError."""
     table = {each.name: {"bytes": each.size, "xxh3_128": each.digest} for each in files}
     data = (json.dumps({"files": table}, indent=1) + "\n").encode()
     write_atomically(folder / MANIFEST, data)
@@ -121,7 +124,7 @@ def seal(folder: Path, files: Sequence[Written]) -> None:
 
 
 def shallow_fault(folder: Path) -> str | None:
-    """What is wrong with a sealed directory, by names, sizes and the content of small files; None if
+    """What is wrong with a sealed directory, judged by names, sizes and the content of small files; None if
     nothing is.
     """
     try:
@@ -137,7 +140,9 @@ def shallow_fault(folder: Path) -> str | None:
 
 
 def content_fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the content of file number `part`, `part + parts`, ... of a sealed directory."""
+    """What is wrong with the content of the files number `part`, `part + parts`, ... of a sealed directory;
+    None if nothing is.
+    """
     try:
         faults = (_sum_fault(folder, name, entry) for name, entry in _entries(folder)[part::parts])
         return next((fault for fault in faults if fault is not None), None)
@@ -146,14 +151,14 @@ def content_fault(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 class _DamagedError(Exception):
-    """A sealed directory whose seal does not hold."""
+    """The manifest of a sealed directory is missing or damaged."""
 
 
 def _entries(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         data = (folder / MANIFEST).read_bytes()
         if xxhash.xxh3_128(data).hexdigest() != (folder / COMPLETE).read_text().strip():
-            raise _DamagedError(f"{MANIFEST} is not the one that {COMPLETE} stands for")
+            raise _DamagedError(f"{MANIFEST} does not have the checksum in {COMPLETE}")
         return sorted(json.loads(data)["files"].items())
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise _DamagedError(f"damaged ({error})") from error
@@ -163,7 +168,7 @@ def _sum_fault(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     found = sum_file(folder / name)
     if found.digest == entry["xxh3_128"]:
         return None
-    return f"{name} does not hold what was written (xxh3-128 {found.digest})"
+    return f"{name} differs from what was written (its xxh3-128 is {found.digest})"
 
 
 def _size_fault(folder: Path, name: str, entry: dict[str, Any]) -> str | None:

@@ -1,15 +1,15 @@
-"""Reads checkpoints: slices of every parameter that any number of ranks can read; complete or absent.
+"""Reads checkpoints, which any number of ranks can read, and which are complete or absent.
 
 A checkpoint `checkpoints/step-000123/` holds one safetensors file per rank (that rank's slices of the float32
 master weights, of the optimizer's state and of the frozen weights), `meta.json` (see `meta`), the tokenizer,
-`manifest.json` with a checksum of each file, and `COMPLETE`. COMPLETE is written last, and only then the
+`manifest.json` with a checksum of each file, and `COMPLETE`. COMPLETE is written last; after that the
 directory gets its name. `latest` names the newest checkpoint, `best` the one with the best evaluation.
 
-Frozen weights are in it unless they outweigh the trained ones (LoRA, a projector alone). Then they are read
-from the model directory again, and the checkpoint holds sums to check them by.
+Frozen weights are part of it, unless there are more of them than of trained ones (LoRA, or only the projector
+trained). Then they are read from the model directory again, and compared with sums in the checkpoint.
 
-DeepSpeed's own format does not load at another world size, and its universal format loses the
-hyper-parameters of the parameter groups (0.19.8); hence this one. `save` writes it.
+`save` writes this format. DeepSpeed's own cannot be loaded at another world size, and its universal format
+loses the hyper-parameters of the parameter groups (DeepSpeed 0.19.8).
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ _log = logging.getLogger(__name__)
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of its directory."""
+    """The name of the directory of the checkpoint of `step`."""
     return f"step-{step:06d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run that have a name, newest first; they may be damaged."""
+    """The checkpoints in `folder`, newest first; they may be damaged."""
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=step_of, reverse=True)
 
@@ -74,22 +74,23 @@ def step_of(target: Path) -> int:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, None if there is none; damaged ones are skipped with a
+    """The newest complete checkpoint in `folder`, None if there is none. Damaged ones are skipped with a
     warning.
     """
     for target in checkpoints(folder):
         fault = fault_of(target) or content_fault(target)
         if fault is None:
             return target
-        _log.warning("%s: not used: %s; falling back to the one before", target, fault)
+        _log.warning("%s: not used: %s; falling back to the previous one", target, fault)
     return None
 
 
 def find_resume(folder: Path, mesh: Mesh) -> Path | None:
-    """The newest complete checkpoint, checked byte for byte by all ranks together; None if there is none.
+    """The newest complete checkpoint, None if there is none. All ranks call it; together they check all
+    bytes.
 
-    Damaged and unfinished ones are skipped with a warning and renamed to damaged-step-N. Raises BadInputError
-    if there are only damaged ones: to start from the beginning is the user's decision.
+    Damaged and unfinished ones are skipped with a warning, and renamed to damaged-step-N if an older one is
+    used. Raises BadInputError if there are only damaged ones: only the user may decide to start again.
     """
     damaged: list[tuple[Path, str]] = []
     for target in mesh.on_main(lambda: checkpoints(folder)):
@@ -116,7 +117,7 @@ def find_resume(folder: Path, mesh: Mesh) -> Path | None:
 
 
 def fault_of(target: Path) -> str | None:
-    """Why `target` is not a complete checkpoint, by names and sizes; None if it is one."""
+    """Why `target` is not a complete checkpoint, judged by names and sizes; None if it is."""
     if not target.is_dir():
         return "no such checkpoint"
     if not (target / COMPLETE).exists():
@@ -127,7 +128,7 @@ def fault_of(target: Path) -> str | None:
 
 
 def _fault_or_refusal(target: Path) -> str | None:
-    """`fault_of`, and BadInputError for a checkpoint of a format that has no manifest."""
+    """`fault_of`; raises BadInputError for a checkpoint of an old format, which has no manifest."""
     fault = fault_of(target)
     if fault is None and not (target / MANIFEST).exists():
         read_meta(target)
@@ -135,7 +136,7 @@ def _fault_or_refusal(target: Path) -> str | None:
 
 
 def pointed(folder: Path, pointer: str) -> Path | None:
-    """The checkpoint that `pointer` (LATEST, BEST) names, None if it is not there."""
+    """The checkpoint that `pointer` (LATEST or BEST) names, None if there is none."""
     try:
         name = (folder / pointer).read_text().strip()
     except OSError:
@@ -150,14 +151,15 @@ def best(folder: Path) -> Path | None:
 
 
 def point(folder: Path, pointer: str, step: int) -> None:
-    """Makes `pointer` name the checkpoint of `step`, atomically; a checkpoint is kept while it is named."""
+    """Makes `pointer` name the checkpoint of `step`, atomically; it is kept while it is named."""
     write_atomically(folder / pointer, f"{checkpoint_name(step)}\n".encode())
 
 
 def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
-    """Fills weights and optimizer of `engine` from a checkpoint of any world size, bit for bit.
+    """Fills the weights and the optimizer of `engine` from a checkpoint of any world size, bit for bit. All
+    ranks call it.
 
-    Raises BadInputError if it is of another model or damaged.
+    Raises BadInputError if the checkpoint is damaged, of another model, or of another optimizer.
     """
     meta = read_meta(target)
     optimizer = OptimizerState(engine)
@@ -179,8 +181,8 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
                 reader.fill(frozen_key(name), local_slice(parameter), mesh.rank)
         elif different := _first_difference(meta.frozen_sums, frozen_sums(engine, mesh)):
             raise BadInputError(
-                f"{target}: was trained on top of other frozen weights than {meta.model_dir} holds now "
-                f"(the first that differs: {different}); restore that model directory"
+                f"{target}: was trained with other frozen weights than {meta.model_dir} holds now "
+                f"(the first difference: {different}); restore that model directory"
             )
     optimizer.set_hyper_parameters(meta.groups)
     refresh_whole_parameters(engine)
@@ -188,7 +190,7 @@ def load(engine: Any, target: Path, mesh: Mesh) -> Progress:
 
 
 def read_meta(target: Path) -> CheckpointMeta:
-    """The content of meta.json. Raises BadInputError if `target` is no complete checkpoint of this format."""
+    """The content of meta.json. Raises BadInputError if `target` is not complete, or of another format."""
     fault = fault_of(target)
     if fault is not None:
         raise BadInputError(f"{target}: {fault}")
@@ -201,10 +203,11 @@ def read_meta(target: Path) -> CheckpointMeta:
 
 
 def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, whole tensor) of every published parameter, one at a time: trained ones in float32, those
-    with adapters in float32 with the update merged, other frozen ones in their own dtype.
+    """Yields (name, whole tensor) of every published parameter, one at a time.
 
-    Raises BadInputError if frozen weights lie in a model directory that is gone or has changed.
+    Trained parameters are float32, those with adapters float32 with the update merged, and other frozen ones
+    have their own dtype. Raises BadInputError if frozen weights are in a model directory that is missing or
+    has changed.
     """
     meta = read_meta(target)
     with ExitStack() as stack:
@@ -224,12 +227,12 @@ def read_tensors(target: Path) -> Iterator[tuple[str, torch.Tensor]]:
             tensor, (a, b) = read(name), adapters_of(name)
             if a in entries:
                 lora = meta.run["config"]["model"]["lora"]
-                tensor = tensor.float() + update(read(a), read(b), lora["rank"], lora["alpha"])
+                tensor = tensor.float() + update(read(a), read(b), rank=lora["rank"], alpha=lora["alpha"])
             yield name, tensor
 
 
 def read_adapters(target: Path) -> dict[str, torch.Tensor]:
-    """The adapters of a checkpoint by their plain names, float32; empty if it has none."""
+    """Plain name -> float32 tensor of the adapters of a checkpoint; empty if it has none."""
     meta = read_meta(target)
     with ExitStack() as stack:
         reader = _Slices(target, meta, stack)
@@ -238,10 +241,12 @@ def read_adapters(target: Path) -> dict[str, torch.Tensor]:
 
 
 def _first_difference(theirs: dict[str, int], ours: dict[str, int]) -> str | None:
+    """The first name whose values differ, or that only one of the two has; None without a difference."""
     return next((name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)), None)
 
 
 def _check_model(engine: Any, target: Path, meta: CheckpointMeta) -> None:
+    """Raises BadInputError unless the checkpoint has the parameters of `engine`, trained and frozen alike."""
     ours, theirs = stored_parameters(engine), meta.parameters
     if ours == theirs:
         return
@@ -282,7 +287,7 @@ class _Slices:
             ]
         except (SafetensorError, OSError) as error:
             raise BadInputError(
-                f"{target}: damaged ({error}); delete it to fall back to the one before"
+                f"{target}: damaged ({error}); delete it to fall back to the previous one"
             ) from error
 
     def names(self) -> set[str]:
@@ -290,7 +295,7 @@ class _Slices:
         return set(self._files[0].keys())
 
     def fill(self, key: str, part: torch.Tensor, rank: int) -> None:
-        """Fills `part`, the slice number `rank` of a flattened tensor that is cut into slices of this length.
+        """Fills `part`, which is slice number `rank` of a flattened tensor in slices of that length.
 
         Elements after the end of the tensor are padding and become zero.
         """
@@ -306,13 +311,13 @@ class _Slices:
             here += count
 
     def whole(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The whole tensor, [*shape]."""
+        """The whole tensor of shape `shape`, from the slices of all ranks."""
         slices = torch.stack([file.get_tensor(key) for file in self._files])
         return join(slices, math.prod(shape)).view(shape)
 
 
 class _Base:
-    """The frozen weights that a checkpoint does not hold itself, from the model directory they came from."""
+    """The frozen weights that a checkpoint does not hold, read from the model directory."""
 
     def __init__(self, target: Path, meta: CheckpointMeta, stack: ExitStack) -> None:
         self._target, self._meta = target, meta
@@ -323,28 +328,28 @@ class _Base:
                 self._where.update(dict.fromkeys(opened.keys(), opened))
         except (BadInputError, SafetensorError, OSError) as error:
             raise BadInputError(
-                f"{target}: holds only what was trained; its frozen weights are those of "
+                f"{target}: holds only the trained weights; the frozen ones are those of "
                 f"{meta.model_dir}, which cannot be read ({error})"
             ) from error
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter in the dtype it was trained with."""
+        """A parameter in the dtype of the run. Raises BadInputError if it is missing or has changed."""
         if name not in self._where:
             raise BadInputError(f"{self._target}: {self._meta.model_dir} has no tensor {name}")
         dtype = getattr(torch, self._meta.frozen_dtype)
         found: torch.Tensor = self._where[name].get_tensor(name).to(dtype)
         if int(bit_sum(found.view(-1))) != (self._meta.frozen_sums or {}).get(name):
             raise BadInputError(
-                f"{self._target}: {name} in {self._meta.model_dir} is not what the run was "
-                "trained on; restore that model directory"
+                f"{self._target}: {name} in {self._meta.model_dir} differs from what the run was "
+                "trained with; restore that model directory"
             )
         return found
 
 
 def _set_aside(damaged: list[Path]) -> None:
-    """Renames unused checkpoints, so that they no longer count as the newest ones."""
+    """Renames damaged checkpoints, so that none of them counts as the newest one any more."""
     for path in damaged:
         try:
             os.replace(path, path.with_name(f"{_DAMAGED}{path.name}"))
         except OSError as error:
-            _log.warning("%s: cannot be set aside (%s); remove it", path, error)
+            _log.warning("%s: cannot be renamed (%s); remove it", path, error)

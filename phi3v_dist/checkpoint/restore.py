@@ -1,8 +1,7 @@
-"""A trained model from a run, a checkpoint, or a directory in the published layout.
+"""Loads a trained model from a run, a checkpoint, or a directory in the published layout.
 
 The name of a run may be followed by one of its checkpoints: `runs/x:best`, `runs/x:latest`, `runs/x:1500`.
-Out: a model on this rank's device, whole or partitioned over the ranks by ZeRO-3, its tokenizer and
-processor.
+Out: a model on this rank's device, whole or partitioned over the ranks by ZeRO-3, and its processor.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from shards.common.errors import BadInputError
 
 @dataclass(frozen=True)
 class Source:
-    """directory: a checkpoint or a directory in the published layout. step: of a checkpoint, else None."""
+    """directory: a checkpoint, or a directory in the published layout. step: of a checkpoint, else None."""
 
     directory: Path
     step: int | None
@@ -40,8 +39,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Restored:
-    """A model in eval mode and what it needs to answer. partitioned: each rank holds a slice of every weight
-    (ZeRO-3), so that all ranks must call it together.
+    """A model in eval mode and what it needs to answer. partitioned: whether each rank holds a slice of every
+    weight (ZeRO-3); then all ranks must call the model together.
     """
 
     model: Phi3VForCausalLM
@@ -53,10 +52,10 @@ class Restored:
 
 
 def find_source(named: str | Path) -> Source:
-    """A run directory stands for its newest complete checkpoint; RUN:best, RUN:latest and RUN:STEP name one.
+    """The source that `named` names: a checkpoint, a model directory, or a run. RUN and RUN:latest are its
+    newest complete checkpoint; RUN:best and RUN:STEP another one.
 
-    Raises BadInputError if `named` is neither a run, a checkpoint nor a model directory, or if the run has no
-    such checkpoint.
+    Raises BadInputError if `named` is none of these, or if the run has no such checkpoint.
     """
     path, which = _split(named)
     if (path / CHECKPOINTS).is_dir():
@@ -73,7 +72,7 @@ def find_source(named: str | Path) -> Source:
 
 
 def _split(named: str | Path) -> tuple[Path, str | None]:
-    """(path, which checkpoint); a path that exists as it stands is taken as it stands."""
+    """(path, which checkpoint); a path that exists is not divided, even if it contains a colon."""
     if Path(named).exists():
         return Path(named), None
     head, colon, which = str(named).rpartition(":")
@@ -81,6 +80,7 @@ def _split(named: str | Path) -> tuple[Path, str | None]:
 
 
 def _checkpoint(run_dir: Path, which: str | None) -> Path:
+    """A checkpoint of a run: latest (or None), best or a step. Raises BadInputError if there is none."""
     folder = run_dir / CHECKPOINTS
     if which in (None, "latest"):
         newest = checkpoint.newest(folder)
@@ -106,7 +106,7 @@ def _checkpoint(run_dir: Path, which: str | None) -> Path:
 
 
 def restore(source: Source, device: torch.device | str, dtype: torch.dtype) -> Restored:
-    """Builds the model of `source` on `device` in `dtype`, whole."""
+    """The whole model of `source` on `device` in `dtype`. Raises BadInputError if `source` is damaged."""
     config = model_config(source)
     model = build_model(config, dtype)
     _fill(model, source)
@@ -114,8 +114,9 @@ def restore(source: Source, device: torch.device | str, dtype: torch.dtype) -> R
 
 
 def restore_partitioned(source: Source, device: torch.device, dtype: torch.dtype) -> Restored:
-    """Builds the model of `source` with its weights partitioned over all ranks by ZeRO-3. All ranks call it,
-    after `engine.zero.prepare_deepspeed`.
+    """The model of `source` with its weights partitioned over all ranks by ZeRO-3.
+
+    All ranks call it, after `engine.zero.prepare_deepspeed`. Raises BadInputError if `source` is damaged.
     """
     config = model_config(source)
     with partitioned_parameters(answering_config(dtype), dtype):
@@ -138,7 +139,9 @@ def _fill(model: Phi3VForCausalLM, source: Source) -> None:
             else:
                 parameter.copy_(tensor)
     if parameters:
-        raise BadInputError(f"{source.directory}: no tensor {next(iter(parameters))}; it is of another model")
+        raise BadInputError(
+            f"{source.directory}: has no tensor {next(iter(parameters))}; it is of another model"
+        )
 
 
 def _slice_of(tensor: torch.Tensor, partition: Partition) -> torch.Tensor:

@@ -3,11 +3,11 @@
 Every rank calls `Saver.save` between two steps. A thread of each rank writes its file and reports to the main
 rank through the process group's key-value store. The main rank's thread then seals and renames the directory,
 moves the pointers and removes old checkpoints. With checkpoint.async the slices are first copied to host
-memory and training continues at once; otherwise it waits. Nothing but the copy and the wait differs.
+memory and training continues at once; otherwise training waits. Everything else is the same.
 
-A save that fails (no room, no permission, slower than checkpoint.timeout_s) leaves earlier checkpoints as
-they are; training continues, an error is logged, and the next save tries again. The main rank's count of
-consecutive failures is summed with the values of the next step and given to `agree`, which stops all ranks
+A save that fails (no space, no permission, slower than checkpoint.timeout_s) leaves earlier checkpoints as
+they are. An error is logged, training continues, and the next save tries again. The main rank's count of
+consecutive failures is added to the sums of the next step and given to `agree`, which stops all ranks
 together.
 """
 
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ModelCard:
     """What a checkpoint records of its model. config: fields of Phi3VConfig. model_dir: where its first
-    weights came from. tokenizer_dir: its files are copied.
+    weights are from. tokenizer_dir: the tokenizer, whose files are copied.
     """
 
     config: dict[str, Any]
@@ -65,8 +65,8 @@ class ModelCard:
 
 @dataclass
 class _Save:
-    """One save under way. outcome: None while it runs, "" when it is done, else what went wrong.
-    publishing: the main rank renames it. is_clear: all ranks have ended their part, successfully or not.
+    """A save. outcome: None while it runs, "" after success, else what went wrong. publishing: whether the
+    main rank has begun to seal and rename it. is_clear: whether all ranks have reported success or failure.
     """
 
     number: int
@@ -82,11 +82,11 @@ class _Save:
 
 
 class Saver:
-    """Saves the state of `engine` into folder/step-N; `save`, `agree`, `save_surely`.
+    """Saves the state of `engine` to folder/step-N. All ranks call `save`, `agree` and `save_surely`.
 
     run: what else to record (the resolved configuration, versions). wandb_id: file with the id of the W&B
-    run. saved_step: step of the checkpoint that the run resumed from, 0 without one. On errors while writing
-    see `failures` and `agree`.
+    run. saved_step: step of the checkpoint from which the run resumed, 0 without one. For errors while
+    writing see `failures` and `agree`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Saver:
     ) -> None:
         self._folder, self._card, self._run = folder, card, run
         self._wandb_id, self._mesh, self._config = wandb_id, mesh, config
-        self._life = mesh.on_main(lambda: secrets.token_hex(4))  # no two processes write into one directory
+        self._life = mesh.on_main(lambda: secrets.token_hex(4))  # no two processes write to one directory
         self._save: _Save | None = None
         self._saved_step = saved_step
         self._number = 0
@@ -115,10 +115,11 @@ class Saver:
     def save(
         self, progress: Progress, as_best: Callable[[], None] | None = None, *, wait: bool = False
     ) -> None:
-        """Saves, all ranks together. as_best: if given, the pointer `best` then names this checkpoint, and
-        the main rank calls `as_best` after that. wait: return when it is on the disk.
+        """Saves; all ranks call it. Returns when the state of the engine may change again.
 
-        Returns when the state of the engine may change again. Failures are only counted; ask `agree`.
+        as_best: if given, `best` will name this checkpoint, and the main rank calls `as_best` after that.
+        wait: return only when the checkpoint is on the disk. Failures are counted and logged, not raised: see
+        `agree`.
         """
         if not self._free():
             return
@@ -151,12 +152,12 @@ class Saver:
             self._wait(save)
 
     def is_under_way(self) -> bool:
-        """On the main rank: whether a save is being written."""
+        """Whether a save is being written; always False on other ranks than the main rank."""
         return self._save is not None and not self._has_ended(self._save)
 
     @property
     def failures(self) -> int:
-        """On the main rank the number of consecutive failures, else 0; give the sum over the ranks to
+        """The number of consecutive failures on the main rank, 0 on the others. The sum over the ranks is for
         `agree`.
         """
         if self._save is not None:
@@ -164,7 +165,7 @@ class Saver:
         return self._in_a_row if self._mesh.is_main else 0
 
     def agree(self, failures: int) -> None:
-        """Raises BadInputError on every rank after checkpoint.max_failures failures in a row."""
+        """Raises BadInputError on every rank after checkpoint.max_failures consecutive failures."""
         if failures < self._config.max_failures:
             return
         reason = self._mesh.on_main(lambda: self._last)
@@ -175,15 +176,16 @@ class Saver:
         )
 
     def save_surely(self, progress: Progress, as_best: Callable[[], None] | None = None) -> str | None:
-        """The last save of a process: waits for it and tries again if it fails. Returns None, or why there is
-        no checkpoint of `progress`; the same on every rank.
+        """The last save of a process: waits for it, and tries up to three times. All ranks call it.
+
+        Returns None, or why there is no checkpoint of `progress`; the same on every rank.
         """
         if progress.step == self._saved_step:
             return None
-        fault: str | None = "no save was tried"
+        fault: str | None = "no save was attempted"
         for attempt in range(3):
             save = self._save
-            if attempt or save is None or save.progress.step != progress.step:  # else one is under way
+            if attempt or save is None or save.progress.step != progress.step:  # else it is running already
                 self.save(progress, as_best, wait=True)
                 save = self._save
             if save is None or save.progress.step != progress.step:
@@ -196,7 +198,7 @@ class Saver:
         return fault
 
     def _free(self) -> bool:
-        """Whether no save is under way; waits for one that is, as long as checkpoint.timeout_s allows."""
+        """Whether a new save may begin. Waits for an earlier one as long as checkpoint.timeout_s allows."""
         save = self._save
         if save is None:
             return True
@@ -205,16 +207,16 @@ class Saver:
         def verdict() -> bool:
             late = [] if save.outcome == "" else self._late(save)
             if late:
-                self._count(f"rank {late[0]} is still writing the one before")
+                self._count(f"rank {late[0]} is still writing the previous checkpoint")
             return not late
 
         return self._mesh.on_main(verdict)
 
     def _wait(self, save: _Save) -> None:
-        """Waits until the main rank knows how `save` ended, which is decided within checkpoint.timeout_s."""
+        """Waits until the main rank knows the outcome of `save`, at most checkpoint.timeout_s."""
 
         def ended() -> bool:
-            limit = time.monotonic() + self._mesh.timeout_s / 4  # below the collective's own
+            limit = time.monotonic() + self._mesh.timeout_s / 4  # shorter than that of the collective
             while not self._has_ended(save) and time.monotonic() < limit:
                 time.sleep(_POLL_S)
             return save.outcome is not None
@@ -223,8 +225,8 @@ class Saver:
             pass
 
     def _has_ended(self, save: _Save) -> bool:
-        """On the main rank: whether `save` is over; one that takes too long is given up, and
-        failures are counted.
+        """Whether `save` has ended; always False on other ranks than the main rank. A save that takes too
+        long is ended here, and a failure is counted.
         """
         if not self._mesh.is_main:
             return False
@@ -242,20 +244,22 @@ class Saver:
         return save.outcome is not None
 
     def _late(self, save: _Save) -> list[int]:
-        """On the main rank: the ranks that still write."""
+        """The ranks that are still writing, as the main rank sees it."""
         late = [] if save.thread is None or not save.thread.is_alive() else [0]
         others = range(1, self._mesh.size) if save.thread is not None and not save.is_clear else ()
         return late + [rank for rank in others if not self._mesh.store.check([self._key(save, rank)])]
 
     def _write(self, save: _Save, chunks: Iterator[torch.Tensor], meta: CheckpointMeta | None) -> None:
-        """Runs in the thread: writes this rank's file; on the main rank completes the checkpoint."""
+        """Runs in the thread: writes this rank's file, and on the main rank (with `meta`) completes the
+        checkpoint.
+        """
         rank = self._mesh.rank
         try:
             if self._mesh.device.type == "cuda":
                 torch.cuda.set_device(self._mesh.device)
             written = write_tensors(save.partial / f"rank-{rank:05d}.safetensors", self._state.slots, chunks)
             report: dict[str, Any] = asdict(written)
-        except Exception as error:  # whatever it is, it must reach the main rank
+        except Exception as error:  # of any kind: it must reach the main rank
             report = {"fault": f"rank {rank}: {error_text(error)}"}
         try:
             self._mesh.store.set(self._key(save, rank), json.dumps(report))
@@ -265,7 +269,7 @@ class Saver:
             self._end(save, error_text(error))
 
     def _complete(self, save: _Save, meta: CheckpointMeta) -> None:
-        """The main rank's part: waits for the other ranks, then publishes the checkpoint."""
+        """Waits on the main rank for the other ranks, then publishes the checkpoint."""
         store, keys = self._mesh.store, [self._key(save, rank) for rank in range(self._mesh.size)]
         while not store.check(keys):
             if save.outcome is not None:
@@ -279,14 +283,15 @@ class Saver:
         if fault is None:
             with self._lock:
                 save.publishing = save.outcome is None
-            if not save.publishing:  # given up meanwhile
+            if not save.publishing:  # it took too long and has been ended
                 return
             fault = _fault(lambda: self._publish(save, [Written(**each) for each in reports], meta))
         if fault is not None:
-            shutil.rmtree(save.partial, ignore_errors=True)  # makes room for what else must be written
+            shutil.rmtree(save.partial, ignore_errors=True)  # to free space on the disk
         self._end(save, fault or "")
 
     def _publish(self, save: _Save, files: list[Written], meta: CheckpointMeta) -> None:
+        """Seals and renames the directory, moves the pointers, removes old checkpoints. Raises OSError."""
         target = self._folder / checkpoint_name(save.progress.step)
         for file in sorted(self._card.tokenizer_dir.glob("*token*.json")):
             shutil.copyfile(file, save.partial / file.name)
@@ -307,6 +312,7 @@ class Saver:
             _log.warning("%s: old checkpoints cannot be removed: %s", self._folder, error)
 
     def _end(self, save: _Save, outcome: str) -> None:
+        """Sets the outcome of `save` unless it has one."""
         with self._lock:
             if save.outcome is not None:
                 return
@@ -316,6 +322,7 @@ class Saver:
             _log.info("step %d  saved in %.1f s", save.progress.step, time.monotonic() - save.began)
 
     def _count(self, reason: str) -> None:
+        """Counts and logs a failure on the main rank."""
         if not self._mesh.is_main:
             return
         self._in_a_row, self._last = self._in_a_row + 1, reason
@@ -346,14 +353,15 @@ class Saver:
 
 
 def remove_old(folder: Path, config: CheckpointConfig) -> None:
-    """Removes all checkpoints but the newest keep_last, those at multiples of keep_every, and those that
-    `latest` and `best` name; also what a killed save left. Raises OSError.
+    """Removes old checkpoints, and what a killed save left. Raises OSError.
+
+    It keeps the newest keep_last, those at multiples of keep_every, and those that `latest` and `best` name.
     """
     kept = {path for pointer in (LATEST, BEST) if (path := pointed(folder, pointer)) is not None}
     for old in checkpoints(folder)[config.keep_last :]:
         if old in kept or (config.keep_every and step_of(old) % config.keep_every == 0):
             continue
-        # Its name goes first, so that a half-deleted one is never taken for a checkpoint.
+        # Renamed first, so that a partly deleted directory is never read as a checkpoint.
         doomed = old.with_name(f".{old.name}.old.partial")
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(old, doomed)
@@ -367,6 +375,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _prepare(folder: Path, partial: Path) -> None:
+    """Creates the directory `partial`, and removes those of killed saves. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".step-*.partial"):
         shutil.rmtree(left, ignore_errors=True)
@@ -374,6 +383,7 @@ def _prepare(folder: Path, partial: Path) -> None:
 
 
 def _fault(work: Callable[[], None]) -> str | None:
+    """Runs `work`; returns the text of its OSError, None without one."""
     try:
         work()
     except OSError as error:

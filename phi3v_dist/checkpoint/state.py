@@ -1,8 +1,8 @@
-"""What checkpoints are made of: the slices of weights and optimizer state that a rank of a ZeRO-3 engine
-keeps, under the names of the checkpoint.
+"""The content of checkpoints: the slices of weights and optimizer state that a rank of a ZeRO-3 engine keeps,
+under their names in the checkpoint.
 
-In: an engine. Out: the slots of its slices in the rank's file, and their data in that order: all at once as a
-copy, or one after another, also where the optimizer swaps its state to files.
+In: an engine. Out: the slots of its slices in the rank's file, and their data in that order, as one copy or
+slice by slice, also where the optimizer swaps its state to files.
 
 Names: master/NAME for float32 master weights, STATE/NAME for what the optimizer keeps per element (AdamW:
 exp_avg, exp_avg_sq), frozen/NAME; NAME is `lora.plain_name` of the parameter.
@@ -42,22 +42,22 @@ _log = logging.getLogger(__name__)
 
 
 def master_key(trained: TrainedSlice) -> str:
-    """Where the file has the master weights of a slice."""
+    """The name in the file of the master weights of a slice."""
     return f"master/{plain_name(trained.name)}"
 
 
 def state_key(trained: TrainedSlice, kind: StateTensor) -> str:
-    """Where the file has a tensor of the optimizer's state."""
+    """The name in the file of a slice's tensor of optimizer state."""
     return f"{kind.name}/{plain_name(trained.name)}"
 
 
 def frozen_key(name: str) -> str:
-    """Where the file has a frozen weight. name: of the module."""
+    """The name in the file of a frozen weight. name: of `module.named_parameters()`."""
     return f"frozen/{plain_name(name)}"
 
 
 def stored_parameters(engine: Any) -> dict[str, StoredParameter]:
-    """What a checkpoint says of each parameter of `engine`, by plain name."""
+    """Plain name -> what a checkpoint records of each parameter of `engine`."""
     return {
         plain_name(name): StoredParameter(shape, frozen)
         for name, (shape, frozen) in parameter_shapes(engine).items()
@@ -65,8 +65,10 @@ def stored_parameters(engine: Any) -> dict[str, StoredParameter]:
 
 
 def frozen_sums(engine: Any, mesh: Mesh) -> dict[str, int]:
-    """Of each frozen parameter the sum of its elements read as integers, modulo 2^64. The sums are the same
-    at any number of ranks; other weights are very unlikely to have the same sums.
+    """Plain name -> sum of the elements of each frozen parameter, read as integers, modulo 2^64. All ranks
+    call it.
+
+    The sums do not depend on the number of ranks. Other weights are very unlikely to have the same sums.
     """
     names, sums = [], []
     for name, parameter in frozen_parameters(engine):
@@ -81,14 +83,14 @@ def frozen_sums(engine: Any, mesh: Mesh) -> dict[str, int]:
 
 
 def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the elements read as integers of their width: int64, modulo 2^64."""
+    """The sum of the elements, read as integers of the same width: int64 [], modulo 2^64."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     return tensor.contiguous().view(kind).sum(dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A slice for the rank's file. get: its data now, [numel]."""
+    """A slice for the rank's file. get: returns its present data, [numel]."""
 
     name: str
     dtype: torch.dtype
@@ -97,10 +99,10 @@ class _Piece:
 
 
 class KeptState:
-    """The slices that this rank keeps of `engine`. buffered: with room in host memory for a copy of them.
+    """The slices that this rank keeps of `engine`. buffered: allocate host memory for a copy of them.
 
-    slots: their places in the rank's file. frozen_sums: of the frozen weights, where these outweigh the
-    trained ones and a checkpoint leaves them in the model directory; else None.
+    slots: their places in the rank's file. frozen_sums: sums of the frozen weights, where these are more than
+    the trained ones, so that a checkpoint does not hold them; else None.
     """
 
     def __init__(self, engine: Any, mesh: Mesh, *, buffered: bool) -> None:
@@ -116,11 +118,11 @@ class KeptState:
 
     @property
     def is_swapped(self) -> bool:
-        """Whether some of it is in files; then the thread that trains must read it: `hand`, not `stream`."""
+        """Whether some state is in files. Then the training thread must read it: use `hand`, not `stream`."""
         return self._optimizer.is_swapped
 
     def copy(self) -> torch.Tensor | None:
-        """A copy of all slices in host memory as one block, uint8 [bytes]; None without room."""
+        """A copy of all slices in host memory, uint8 [bytes]; None without a buffer."""
         if self._buffer is None:
             return None
         for slot, get in self._in_order():
@@ -132,14 +134,14 @@ class KeptState:
         return self._buffer
 
     def stream(self) -> Iterator[torch.Tensor]:
-        """The data of all slots in order, one slice at a time."""
+        """The data of all slots in order, one slice at a time, as CPU tensors."""
         for _, get in self._in_order():
             yield get().cpu().contiguous()
         self._optimizer.release()
 
     def hand(self, handed: queue.Queue[torch.Tensor | None], is_over: Callable[[], bool]) -> None:
-        """Puts copies of what `stream` yields, then None, into a queue for the thread that writes: only the
-        thread that trains may swap. is_over: whether the writer has ended; then this ends early.
+        """Puts copies of what `stream` yields, then None, into a queue for the writing thread, because only
+        the training thread may swap. is_over: whether the writer has ended; then this ends early.
         """
         stream: Iterator[torch.Tensor | None] = itertools.chain(map(torch.clone, self.stream()), [None])
         for tensor in stream:
@@ -149,7 +151,7 @@ class KeptState:
                     break
                 except queue.Full:
                     continue
-            else:  # it failed or took too long: the None lets its thread end
+            else:  # the writer failed or took too long: None ends its thread
                 while not handed.empty():
                     handed.get_nowait()
                 handed.put(None)
@@ -161,11 +163,11 @@ class KeptState:
         return self._optimizer.steps(list(trained_slices(self._engine)))
 
     def hyper_parameters(self) -> list[dict[str, Any]]:
-        """Of each parameter group: name, lr, weight_decay and the like."""
+        """The settings of each parameter group: name, lr, weight_decay and so on."""
         return self._optimizer.hyper_parameters()
 
     def parameters(self) -> dict[str, StoredParameter]:
-        """Shape of each parameter, and whether it is frozen."""
+        """Plain name -> shape of each parameter, and whether it is frozen."""
         return stored_parameters(self._engine)
 
     def _in_order(self) -> Iterator[tuple[Slot, Callable[[], torch.Tensor]]]:
@@ -201,8 +203,9 @@ def _as_it_is(data: torch.Tensor) -> torch.Tensor:
 
 
 def _host_buffer(size: int, mesh: Mesh) -> torch.Tensor | None:
-    """`size` bytes of host memory, all taken from the system at once; None, with a warning, if there is no
-    room.
+    """`size` bytes of host memory; None, with a warning, if there is not enough. All ranks call it.
+
+    The buffer is filled at once, so that the system allocates its pages now.
     """
     node = socket.gethostname()
     available = psutil.virtual_memory().available / mesh.gather(node).count(node)

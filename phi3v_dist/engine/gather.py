@@ -1,7 +1,8 @@
-"""Whole weights from the slices of a ZeRO-3 engine, on every rank.
+"""Gathers whole weights from the slices of a ZeRO-3 engine, on every rank.
 
-In: an engine and a plain model of the same parameters. Out: the plain model, filled. The slices of many
-parameters travel in one collective: DeepSpeed's own gathering takes a collective and two hooks for each.
+In: an engine, and a plain model with the same parameters. Out: the plain model, filled. One collective
+gathers the slices of many parameters; DeepSpeed's own gathering needs a collective and two hooks for each
+parameter.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch.distributed as dist
 
 from phi3v_dist.engine.partition import full_numel, join, local_slice
 
-_TOGETHER = 64 * 2**20  # elements of this rank in one collective
+_TOGETHER = 64 * 2**20  # elements of a rank in one collective
 
 
 def fill_from_engine(plain: torch.nn.Module, engine: Any, device: torch.device) -> None:
-    """Fills the parameters of `plain`, which lies on `device`, from those of `engine`. All ranks call it.
+    """Fills the parameters of `plain`, which is on `device`, from those of `engine`. All ranks call it.
 
-    Both have the same parameters in the same order. Values are cast to the dtype of `plain`.
+    Both must have the same parameters in the same order. Values are cast to the dtype of `plain`.
     """
     pairs = list(zip(plain.parameters(), engine.module.parameters(), strict=True))
     with torch.no_grad():
@@ -34,8 +35,8 @@ def fill_from_engine(plain: torch.nn.Module, engine: Any, device: torch.device) 
 
 
 def _gather(plain: list[torch.Tensor], parts: list[Any], device: torch.device) -> None:
-    """Fills `plain` from the slices that the ranks keep of `parts`. They may be in host memory
-    (parallel.offload_params), while NCCL takes tensors on `device` alone.
+    """Fills `plain` from the slices that the ranks keep of `parts`. The slices are moved to `device` first:
+    they may be in host memory (parallel.offload_params), where NCCL cannot read them.
     """
     own = torch.cat([local_slice(part).to(device) for part in parts])
     ranks = dist.get_world_size()

@@ -1,8 +1,8 @@
-"""Optimizer state that DeepSpeed keeps in files (ZeRO-Infinity): the folder of the files, what swapping
-needs, and access to the swapped state, one sub-group at a time.
+"""Optimizer state that DeepSpeed keeps in files (ZeRO-Infinity): where the files are, compiling what swapping
+needs, and access to the state, one sub-group at a time.
 
-In: the run's configuration; a ZeRO-3 optimizer. It uses DeepSpeed's internals, so DeepSpeed is pinned exactly
-(0.19.8).
+In: the run's configuration, or a ZeRO-3 optimizer. It uses internals of DeepSpeed, which is therefore pinned
+to an exact version (0.19.8).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 
 
 class SwappedState:
-    """Holds at most one swapped sub-group of the optimizer in memory. Where nothing is swapped, all state is
-    in memory, and `hold` and `release` do nothing.
+    """Brings swapped sub-groups of the optimizer into memory, one at a time.
+
+    Where nothing is swapped, all state is in memory, and `hold` and `release` do nothing.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -46,7 +47,7 @@ class SwappedState:
         return bool(self._optimizer._swappable_optimizer_subgroup(number))
 
     def hold(self, number: int) -> None:
-        """Brings sub-group `number` into memory; the one held before is released without being written."""
+        """Brings sub-group `number` into memory. The one held before is released without being written."""
         if number == self._held:
             return
         self.release()
@@ -54,8 +55,8 @@ class SwappedState:
             self._optimizer._optimizer_states_and_gradient_swap_in(number)
             self._held = number
 
-    def release(self, changed: bool = False) -> None:
-        """Releases the memory. changed: its content is written to the files first."""
+    def release(self, *, changed: bool = False) -> None:
+        """Releases the sub-group in memory. changed: write it to its files first."""
         if self._held is None:
             return
         if changed:
@@ -66,18 +67,20 @@ class SwappedState:
 
 
 def swap_dir(config: RunConfig) -> Path:
-    """The run's own folder in parallel.offload_path. DeepSpeed names its files by rank and parameter only, so
-    two runs on one node would overwrite each other's files.
+    """The run's own directory in parallel.offload_path.
+
+    DeepSpeed names its files only by rank and parameter, so two runs on one node would overwrite each
+    other's.
     """
     digest = hashlib.sha256(os.fsencode(config.run_dir.resolve())).hexdigest()[:12]
     return Path(config.parallel.offload_path or "") / f"swap-{digest}"
 
 
 def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
-    """Removes files that a killed start of this run left, and compiles DeepSpeed's asynchronous I/O if
-    needed, once on each node. All ranks call it.
+    """Removes files that a killed start of this run left, and compiles DeepSpeed's asynchronous I/O, which
+    parallel.offload_optimizer=nvme needs, once on each node. All ranks call it.
 
-    Raises BadInputError on every rank if it cannot be compiled as parallel.offload_optimizer=nvme needs it.
+    Raises BadInputError on every rank if it cannot be compiled.
     """
     if mesh.local_rank == 0:
         shutil.rmtree(swap_dir(config), ignore_errors=True)
@@ -85,6 +88,7 @@ def prepare_swapping(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _compile(offload_path: Path) -> None:
+    """Compiles it into `offload_path`, unless another process or an earlier run has. Raises BadInputError."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     builder = AsyncIOBuilder()
@@ -97,7 +101,7 @@ def _compile(offload_path: Path) -> None:
     folder = offload_path / "extensions" / version
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    with locked(folder / "turn"):  # released when its process ends, unlike torch's own lock files
+    with locked(folder / "turn"):  # unlike torch's lock files it is released when its process ends
         # A killed start leaves torch's lock files behind; torch 2.13 would wait for them forever.
         for left in folder.glob("*/lock"):
             _log.warning("%s: left by a start that was killed; removed", left)
@@ -112,13 +116,13 @@ def _compile(offload_path: Path) -> None:
 
 
 def remove_swapped(config: RunConfig, mesh: Mesh) -> None:
-    """Removes the files of this rank, and the run's folder once it is empty. Call it after the engine is
-    destroyed.
+    """Removes the files of this rank, and the run's directory once it is empty. Call it after the engine has
+    been destroyed.
     """
     folder = swap_dir(config)
     shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{mesh.rank}", ignore_errors=True)
     for empty in (folder / "zero_stage_3" / "optimizer", folder / "zero_stage_3", folder):
         try:
             empty.rmdir()
-        except OSError:  # files of another rank are still there; that rank removes the folder
+        except OSError:  # files of another rank are still there; that rank removes the directory
             return

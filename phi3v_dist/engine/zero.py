@@ -1,6 +1,6 @@
 """DeepSpeed as this project uses it: ZeRO stage 3, with the project's own loop around it.
 
-In: the run's configuration and the mesh. Out: DeepSpeed's settings, models whose weights are partitioned when
+In: the run's configuration and the mesh. Out: DeepSpeed's settings, models whose weights are partitioned as
 they are built, and the engine.
 """
 
@@ -23,11 +23,11 @@ from phi3v_dist.parallel.mesh import Mesh
 
 
 def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
-    """The DeepSpeed settings of a run. accumulation: micro-steps of an optimizer step.
+    """The DeepSpeed settings of a run. accumulation: micro-steps per optimizer step.
 
-    DeepSpeed averages gradients over all ranks and micro-steps; the loop scales the loss accordingly. It does
-    not know of sequence parallelism: the gradient of every rank is that of its own positions. Gradients are
-    reduced and accumulated in float32.
+    DeepSpeed averages gradients over all ranks and micro-steps, and the loop scales the loss accordingly.
+    DeepSpeed is not told of sequence parallelism: each rank has the gradient of its own positions. Gradients
+    are reduced and accumulated in float32.
     """
     parallel = config.parallel
     zero: dict[str, Any] = {
@@ -62,15 +62,17 @@ def zero_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW steps on the host; it needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU too, without a compiler
         "zero_optimization": zero,
     }
 
 
 def prepare_deepspeed(mesh: Mesh) -> None:
-    """Imports DeepSpeed and gives it the existing process group; all ranks call it before anything else of
-    this module. On the CPU its compiled extension is left out: the shared-memory collectives of the CPU build
-    need a compiler and 24 s at first use (DeepSpeed 0.19.8).
+    """Imports DeepSpeed and gives it the existing process group. All ranks call it before anything else of
+    this module.
+
+    On the CPU its shared-memory collectives are turned off, because they need a compiler and 24 s at first
+    use (DeepSpeed 0.19.8).
     """
     if mesh.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
@@ -86,12 +88,13 @@ def prepare_deepspeed(mesh: Mesh) -> None:
 
 @contextlib.contextmanager
 def partitioned_parameters(settings: dict[str, Any], dtype: torch.dtype) -> Iterator[None]:
-    """Parameters that are made in this context are partitioned over the ranks at once, in `dtype`. settings:
-    of `zero_config` or `answering_config`.
+    """In this context new parameters are partitioned over the ranks as soon as they exist, in `dtype`.
+
+    settings: the result of `zero_config` or `answering_config`.
     """
     import deepspeed
 
-    # zero.Init(dtype=...) of DeepSpeed 0.19.8 gives bfloat16 on a CPU whatever is asked; its settings work.
+    # On the CPU zero.Init(dtype=...) always gives bfloat16 (DeepSpeed 0.19.8); a dtype in the settings works.
     precision = {
         name: {**settings.get(name, {}), "enabled": dtype == wanted}
         for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16))
@@ -101,7 +104,7 @@ def partitioned_parameters(settings: dict[str, Any], dtype: torch.dtype) -> Iter
 
 
 def answering_config(dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed settings of a model that only answers."""
+    """The DeepSpeed settings of a model that only generates answers."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -110,7 +113,7 @@ def answering_config(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def answering_model(model: torch.nn.Module, dtype: torch.dtype) -> Any:
-    """`model`, built in `partitioned_parameters`, with the hooks that gather its weights in forward."""
+    """`model`, built in `partitioned_parameters`, with hooks that gather its weights in forward."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, config=answering_config(dtype), dist_init_required=False)
@@ -120,15 +123,15 @@ def answering_model(model: torch.nn.Module, dtype: torch.dtype) -> Any:
 def make_engine(
     model: torch.nn.Module, groups: list[dict[str, Any]], config: RunConfig, *, accumulation: int
 ) -> Any:
-    """The DeepSpeedEngine around `model`, with AdamW over the parameter `groups` (lr and weight_decay in
-    each). accumulation: micro-steps of an optimizer step.
+    """The DeepSpeedEngine for `model`, with AdamW. groups: parameter groups, each with lr and weight_decay.
+    accumulation: micro-steps per optimizer step.
     """
     from deepspeed.utils import set_z3_leaf_modules
     from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
-    # A layer's weights are gathered together: a tenth of the hooks and collectives of module by module.
-    # Not so CLIP's: they run several times in a forward, and a leaf's gradients are reduced after each run
-    # (DeepSpeed 0.19.8 then finds a parameter twice in its bucket, and stops).
+    # All weights of a decoder layer are gathered together: a tenth of the hooks and collectives of gathering
+    # them module by module. CLIP's layers run several times per forward, and the gradients of such a leaf are
+    # reduced after each run: DeepSpeed 0.19.8 stops when it finds a parameter twice in its bucket.
     set_z3_leaf_modules(model, [Phi3DecoderLayer])
     optimizer = torch.optim.AdamW(
         groups,
@@ -141,7 +144,9 @@ def make_engine(
 
 
 def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """The DeepSpeedEngine around `model` with any torch optimizer."""
+    """The DeepSpeedEngine for `model`, with any torch optimizer. Raises RuntimeError if it would scale
+    gradients otherwise than the loop assumes.
+    """
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
@@ -152,10 +157,10 @@ def initialize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, setting
 
 
 def _check_gradient_scale(engine: Any) -> None:
-    """Raises RuntimeError unless gradients are averaged once over all ranks, as the loop's scale assumes.
+    """Raises RuntimeError unless gradients are averaged once over all ranks, as the loop assumes.
 
-    DeepSpeed 0.19.8 scales them differently below stage 3, without reduce_scatter, and where it knows of
-    sequence parallelism.
+    DeepSpeed 0.19.8 scales them differently below stage 3, without reduce_scatter, and with its own sequence
+    parallelism.
     """
     found = {
         "stage": engine.zero_optimization_stage(),
@@ -176,9 +181,9 @@ def _check_gradient_scale(engine: Any) -> None:
 
 
 def partitioned_fraction(engine: Any, mesh: Mesh) -> float:
-    """Elements of the trainable weights that this rank keeps, as a part of all: 1 / ranks and some padding.
+    """The fraction of the trained weights that this rank keeps: 1 / ranks and some padding.
 
-    Raises RuntimeError if it is more, which means that ZeRO-3 has not partitioned them.
+    Raises RuntimeError if it is more, because ZeRO-3 has then not partitioned them.
     """
     held = sum(engine.optimizer.fp16_partitioned_groups_flat_numel)
     total = sum(full_numel(p) for group in engine.optimizer.fp16_groups for p in group)

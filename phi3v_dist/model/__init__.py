@@ -1,6 +1,7 @@
-"""The native Phi-3-V: `configuration`, `modeling` and its parts, `hub` (checkpoints), `row` (the packed row).
+"""Phi-3-V for transformers: `configuration`, `modeling` and its parts, `hub` (checkpoints), `row` (packed
+rows).
 
-Importing it makes AutoConfig, AutoModelForCausalLM and AutoProcessor know model_type `phi3_v`.
+Importing this package registers model_type `phi3_v` with AutoConfig, AutoModelForCausalLM and AutoProcessor.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor

@@ -1,10 +1,12 @@
-"""The decoder's private attention: documents (or the real tokens of padded rows) never see each other.
+"""The decoder's attention: causal within each document, and never from one document to another.
 
-A `Layout` says once per forward which positions form which document; every layer reuses it. On CUDA one
-variable-length kernel takes all documents; on CPU documents of similar length go through SDPA together,
-padded at the end (a causal query never sees what comes after it, so no mask is needed). Nothing here builds a
-T x T mask. The function is registered with transformers under a private name, so that replacing "sdpa" (CLIP
-uses it) or wrapping this one (sequence parallelism) does not touch the other.
+A `Layout` states once per forward which positions form which document; every layer uses it. A padded batch is
+treated as documents too: the real tokens of each of its entries. On CUDA one variable-length kernel computes
+all documents. On the CPU documents of similar length are computed together by SDPA, padded at the end: a
+causal query never attends to later positions, so no mask is needed. No T x T mask is built, except by
+`block_mask` for "eager".
+
+The function is registered with transformers under a name of its own, because CLIP uses "sdpa".
 """
 
 from __future__ import annotations
@@ -21,20 +23,21 @@ if TYPE_CHECKING:
     from phi3v_dist.parallel.sequence import SequenceGroup
 
 NAME = "phi3v_packed"
-_WASTE = 1.25  # a group of documents may be this much larger than its tokens
-_HALF = (torch.bfloat16, torch.float16)  # what the variable-length kernel takes
-_QUERY_BLOCK = 1024  # queries at a time where a mask is needed: new tokens after a cache
+_WASTE = 1.25  # a group of documents may have this many times the positions of its tokens
+_HALF = (torch.bfloat16, torch.float16)  # dtypes of the variable-length kernel
+_QUERY_BLOCK = 1024  # queries at a time where a mask is needed: several new tokens after a cache
 
 
 @dataclass(frozen=True)
 class Layout:
     """Documents of a sequence of N tokens, each attending causally within itself.
 
-    cu_seqlens: int32 [documents + 1], on the device; max_length: tokens of the longest document.
-    groups: for the CPU, (rows, length, take): `rows` documents of at most `length` tokens, and int64
-        [rows * length] positions to take, or the slice of positions where they lie together unpadded.
-    restore: int64 [N], where in the concatenated groups each token is; None: in order already.
-    tokens: int64 [N] positions of the real tokens in a flattened padded batch; None: all are real.
+    cu_seqlens: int32 [documents + 1], on the device. max_length: tokens of the longest document.
+    groups: for the CPU, (count, length, take): `count` documents of at most `length` tokens, and the int64
+        [count * length] positions of their tokens, or a slice of positions if these are contiguous and
+        without padding.
+    restore: int64 [N], where each token is in the concatenated groups; None if they are in order already.
+    tokens: int64 [N], positions of the real tokens in a flattened padded batch; None if all are real.
     """
 
     cu_seqlens: torch.Tensor
@@ -45,7 +48,11 @@ class Layout:
 
 
 def make_layout(cu_seqlens: torch.Tensor, tokens: torch.Tensor | None = None) -> Layout:
-    """The layout of documents cu_seqlens[d] .. cu_seqlens[d + 1] - 1 (int [documents + 1], any device)."""
+    """The layout of documents cu_seqlens[d] .. cu_seqlens[d + 1] - 1 (int [documents + 1], on any device).
+
+    For the CPU it groups the documents, longest first: a document joins the current group while the padded
+    group has at most _WASTE times as many positions as tokens.
+    """
     bounds = cu_seqlens.tolist()
     spans = [(end - start, start) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
     longest = max(length for length, _ in spans)
@@ -89,7 +96,10 @@ def make_layout(cu_seqlens: torch.Tensor, tokens: torch.Tensor | None = None) ->
 
 
 def padded_layout(attention_mask: torch.Tensor) -> Layout:
-    """The layout of a padded batch: the real tokens (1 in attention_mask [B, T]) of a row are a document."""
+    """The layout of a padded batch: in each of its B sequences the real tokens are a document.
+
+    attention_mask: [B, T], 1 = real.
+    """
     real = attention_mask.bool()
     lengths = real.sum(1)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
@@ -97,7 +107,10 @@ def padded_layout(attention_mask: torch.Tensor) -> Layout:
 
 
 def causal_mask(attention_mask: torch.Tensor, queries: int) -> torch.Tensor:
-    """Bool [B, 1, queries, K], True = attend, of the last `queries` of K positions. attention_mask [B, K]."""
+    """The causal mask of the last `queries` of K positions: bool [B, 1, queries, K], True = attend.
+
+    attention_mask: [B, K], 1 = real.
+    """
     keys = attention_mask.shape[1]
     places = torch.arange(keys, device=attention_mask.device)
     visible = places[None, :] <= places[keys - queries :, None]
@@ -105,7 +118,9 @@ def causal_mask(attention_mask: torch.Tensor, queries: int) -> torch.Tensor:
 
 
 def block_mask(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Bool [1, 1, T, T] of a packed row, for `eager` only: the independent check of the packed attention."""
+    """The mask of a packed row: bool [1, 1, T, T], True = attend. Only for "eager", with which tests check
+    the packed attention.
+    """
     lengths = cu_seqlens.diff()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=cu_seqlens.device), lengths)
     same = document[:, None] == document[None, :]
@@ -118,29 +133,30 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     scaling: float | None = None,
     layout: Layout | None = None,
     sequence: SequenceGroup | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in transformers' calling convention: [B, heads, T, head_dim] in, [B, T, heads, head_dim] out.
+    """Attention as transformers calls it: [B, heads, T, head_dim] -> [B, T, heads, head_dim].
 
-    With `layout` (no cache in play) documents attend within themselves; without, the queries are the last
-    ones of the cached keys and attention_mask ([B, K], 1 = real) says which keys are real. Outputs at padding
-    are zero. With `sequence` T is this rank's slice of the row, B is 1, and `layout` is the whole row's: each
-    rank attends with its share of the heads over all positions.
+    With `layout` (no cache) every document attends within itself; outputs at padding are zero. Without
+    `layout` the queries belong to the last positions of the cached keys, and attention_mask [B, K] is 1 at
+    real keys. With `sequence` T is this rank's slice of the row, B is 1, and `layout` is that
+    of the whole row: each rank computes its share of the heads over all positions.
     """
     if layout is None:
-        return _cached(query, key, value, attention_mask, scaling), None
+        return _cached(query, key, value, attention_mask=attention_mask, scaling=scaling), None
     batch, length = query.shape[0], query.shape[2]
-    # [B, heads, T, d] -> [B * T, heads, d]: a view of how the projection left it
+    # [B, heads, T, d] -> [B * T, heads, d]: a view, because the projection stores it in this order
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if layout.tokens is not None:
         q, k, v = (x.index_select(0, layout.tokens) for x in (q, k, v))
     attend = _varlen if q.is_cuda and q.dtype in _HALF else _grouped
     if sequence is not None:
         q, k, v = sequence.to_heads(q, k, v)
-    out = attend(q, k, v, layout, scaling)
+    out = attend(q, k, v, layout=layout, scaling=scaling)
     if sequence is not None:
         out = sequence.to_positions(out)
     if layout.tokens is not None:
@@ -149,7 +165,7 @@ def packed_attention(
 
 
 def _varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: Layout, scaling: float | None
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -163,7 +179,7 @@ def _varlen(
 
 
 def _grouped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scaling: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, layout: Layout, scaling: float | None
 ) -> torch.Tensor:
     gqa = q.shape[1] != k.shape[1]
     groups = layout.groups
@@ -171,9 +187,9 @@ def _grouped(
         bounds = layout.cu_seqlens.tolist()
         groups = tuple((1, e - s, slice(s, e)) for s, e in zip(bounds, bounds[1:], strict=False) if e > s)
     outs = []
-    for rows, length, take in groups:
+    for count, length, take in groups:
         parts = [x[take] if isinstance(take, slice) else x.index_select(0, take) for x in (q, k, v)]
-        qs, ks, vs = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in parts)
+        qs, ks, vs = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
         out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scaling, enable_gqa=gqa)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     joined = outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -184,6 +200,7 @@ def _cached(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    *,
     attention_mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""config.json of a Phi-3-V checkpoint: the published fields, checked, and written back as published.
+"""config.json of a Phi-3-V checkpoint: the published fields, checked, and written in the published form.
 
-`Phi3VConfig` keeps `rope_scaling` as published (type `su`, exactly three keys): other loaders of the
-published model refuse anything else. CLIP sizes other than ViT-L/14-336, which the published format cannot
-express, come from the optional `clip_vision_config`. Read by `modeling` and `hub`; knows nothing of weights.
+`Phi3VConfig` keeps `rope_scaling` as published (type `su`, exactly three keys), because other loaders of the
+published model accept nothing else. The published format assumes CLIP ViT-L/14-336; the optional
+`clip_vision_config` gives other sizes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, PretrainedConfig
 from phi3v_dist.processor.preprocessor_config import CODE_REPOSITORY
 from shards.common.errors import BadInputError
 
-CLIP_L_14_336: dict[str, Any] = {  # hard-coded in the published modelling code
+CLIP_L_14_336: dict[str, Any] = {  # constants in the published modelling code
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -42,14 +42,13 @@ _EMBD_LAYER = {
 class Phi3VConfig(PretrainedConfig):
     """The published fields (defaults: Phi-3-vision-128k-instruct, without its RoPE factors).
 
-    rope_scaling: {"type": "su" (or "longrope", read as su), "short_factor", "long_factor"}, each factor a
-        list of head_dim / 2 numbers; None: plain RoPE.
+    rope_scaling: {"type": "su" ("longrope" is read as su), "short_factor", "long_factor"}, each factor a list
+        of head_dim / 2 numbers; None for plain RoPE.
     img_processor, embd_layer: the published dicts; only the published architecture is supported.
-    clip_vision_config: CLIPVisionConfig fields that differ from ViT-L/14-336; image_size is the tile side in
-        px.
+    clip_vision_config: fields of CLIPVisionConfig that differ from ViT-L/14-336; image_size is the side of a
+        tile in px.
 
-    Raises BadInputError, naming the field, if the config describes another architecture or contradicts
-    itself.
+    Raises BadInputError, naming the field, if the config describes another architecture or is contradictory.
     """
 
     model_type = "phi3_v"
@@ -82,7 +81,7 @@ class Phi3VConfig(PretrainedConfig):
     clip_vision_config: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The published file asks for flash_attention_2; this model brings its own attention everywhere.
+        # The published file asks for flash_attention_2; this model has its own attention.
         kwargs.pop("_attn_implementation", None)
         kwargs.pop("auto_map", None)
         if self.num_key_value_heads is None:
@@ -177,11 +176,11 @@ class Phi3VConfig(PretrainedConfig):
                     f"config: rope_scaling.{name} has {found}, head_dim {head_dim} needs {head_dim // 2}"
                 )
             if not all(isinstance(each, int | float) and each > 0 for each in factor):
-                raise BadInputError(f"config: rope_scaling.{name} must hold numbers above 0 alone")
+                raise BadInputError(f"config: rope_scaling.{name} must hold only numbers above 0")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', but a config of another model is refused (BadInputError), not reinterpreted."""
+        """The config of a dict, as in transformers. Raises BadInputError if it is of another model type."""
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise BadInputError(
@@ -190,16 +189,16 @@ class Phi3VConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def clip_config(self) -> CLIPVisionConfig:
-        """The tower's CLIPVisionConfig: ViT-L/14-336 with what `clip_vision_config` changes."""
+        """The CLIPVisionConfig of the vision tower: ViT-L/14-336 with the changes of `clip_vision_config`."""
         return CLIPVisionConfig(**{**CLIP_L_14_336, **(self.clip_vision_config or {})})
 
     @property
     def tile(self) -> int:
-        """Side of a tile, px."""
+        """The side of a tile in px."""
         return int({**CLIP_L_14_336, **(self.clip_vision_config or {})}["image_size"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The published layout: torch_dtype, `su` factors with three keys, auto_map; no library internals."""
+        """The published fields: also torch_dtype and auto_map, but none of transformers' own."""
         fields = super().to_dict()
         kept = {name: fields[name] for name in _PUBLISHED if name in fields}
         kept["architectures"] = ["Phi3VForCausalLM"]
@@ -212,7 +211,7 @@ class Phi3VConfig(PretrainedConfig):
         return kept
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All published fields, always: other loaders have other defaults."""
+        """All published fields, also those with default values: other loaders have other defaults."""
         return self.to_dict()
 
 

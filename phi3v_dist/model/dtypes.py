@@ -10,7 +10,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name. Raises BadInputError for one that is not in DTYPES."""
+    """The torch dtype called `name`. Raises BadInputError if it is not in DTYPES."""
     if name not in DTYPES:
         raise BadInputError(f"dtype {name!r}: use {' or '.join(DTYPES)}")
     return DTYPES[name]

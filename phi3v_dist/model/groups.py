@@ -1,4 +1,4 @@
-"""Which parameters belong to the vision tower, the projector and the decoder, and which of them learn."""
+"""Which parameters belong to the vision tower, the projector and the decoder, and which are trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PROJECTOR = "model.vision_embed_tokens."
 
 
 def group_of(name: str) -> Group:
-    """The group of a parameter by its official name: vision tower, projector (with the separators),
+    """The group of a parameter by its published name: vision tower, projector (with the separators) or
     decoder.
     """
     if name.startswith(_VISION):
@@ -27,36 +27,38 @@ def group_of(name: str) -> Group:
 
 
 def freeze(model: torch.nn.Module, groups: Sequence[Group]) -> None:
-    """Stops the parameters of `groups` from learning."""
+    """Freezes the parameters of `groups`."""
     for name, parameter in model.named_parameters():
         if group_of(name) in groups:
             parameter.requires_grad_(False)
 
 
 def choose_learning(model: Phi3VForCausalLM, config: ModelConfig, seed: int) -> None:
-    """Stops what `config` freezes, and puts its adapters in place: of their parts nothing else learns."""
+    """Freezes the groups that `config` names, and adds its LoRA adapters; in the parts that have adapters
+    only these are trained. seed: of the adapters' first values.
+    """
     freeze(model, config.freeze)
     if config.lora is None:
         return
     parts = config.lora.parts
     others = [p for n, p in model.named_parameters() if p.requires_grad and group_of(n) not in parts]
-    add_lora(model, parts, config.lora.rank, config.lora.alpha, seed)
+    add_lora(model, parts, rank=config.lora.rank, alpha=config.lora.alpha, seed=seed)
     for parameter in others:
         parameter.requires_grad_(True)
 
 
 def shapes_of(config: ModelConfig, model: Phi3VConfig) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Name -> shape of the tensors that learn under `config`, and of those that do not."""
-    learning: dict[str, Shape] = {}
-    still: dict[str, Shape] = {}
+    """Name -> shape of the tensors that are trained under `config`, and of those that are not."""
+    trained: dict[str, Shape] = {}
+    frozen: dict[str, Shape] = {}
     last = model.clip_config().num_hidden_layers - 1
     tower = f"{_VISION}vision_model."
-    dead = (f"{tower}encoder.layers.{last}.", f"{tower}post_layernorm.")
+    unused = (f"{tower}encoder.layers.{last}.", f"{tower}post_layernorm.")
     shapes = expected_shapes(model)
     fixed = [*config.freeze, *(config.lora.parts if config.lora else [])]
     for name, shape in shapes.items():
-        (still if group_of(name) in fixed or name.startswith(dead) else learning)[name] = shape
+        (frozen if group_of(name) in fixed or name.startswith(unused) else trained)[name] = shape
     if config.lora is not None:
-        alive = {name: shape for name, shape in shapes.items() if not name.startswith(dead)}
-        learning |= adapter_shapes(alive, config.lora.parts, config.lora.rank)
-    return learning, still
+        used = {name: shape for name, shape in shapes.items() if not name.startswith(unused)}
+        trained |= adapter_shapes(used, config.lora.parts, config.lora.rank)
+    return trained, frozen

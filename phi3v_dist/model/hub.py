@@ -1,8 +1,8 @@
-"""Checkpoints in the published layout: build an empty model, fill it, write it.
+"""Checkpoints in the published layout: build a model without weights, load weights, write weights.
 
-A hub directory holds config.json, safetensors (one file, or shards with an index), generation_config.json,
-preprocessor_config.json and the tokenizer's files. Loading is strict and reads only what it needs: under
-ZeRO-3 each rank reads its own slice of every tensor. Writing streams tensor by tensor and is atomic.
+A hub directory holds config.json, safetensors (one file, or several with an index), generation_config.json,
+preprocessor_config.json and the files of the tokenizer. Loading is strict and reads only what is needed:
+under ZeRO-3 each rank reads its own slice of every tensor. Writing takes one tensor at a time and is atomic.
 `from_pretrained` and `save_pretrained` of the model read and write the same files.
 """
 
@@ -48,7 +48,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def load_config(directory: str | Path) -> Phi3VConfig:
-    """The config of a checkpoint directory. Raises BadInputError if there is none, or not a Phi-3-V's."""
+    """The config of a checkpoint directory. Raises BadInputError if there is none, or not one of Phi-3-V."""
     file = Path(directory) / CONFIG
     try:
         fields = json.loads(file.read_text())
@@ -65,10 +65,9 @@ def load_config(directory: str | Path) -> Phi3VConfig:
 
 
 def build_model(config: Phi3VConfig, dtype: torch.dtype) -> Phi3VForCausalLM:
-    """A model with uninitialised weights of `dtype`. In the context `engine.zero.partitioned_parameters` its
-    weights are partitioned when they are made.
+    """A model with uninitialised weights of `dtype`; its RoPE frequencies are float32 in any case.
 
-    The RoPE frequencies are float32 whatever the dtype.
+    Within `engine.zero.partitioned_parameters` each weight is partitioned as soon as it exists.
     """
     before = torch.get_default_dtype()
     with initialization.no_init_weights():
@@ -80,11 +79,10 @@ def build_model(config: Phi3VConfig, dtype: torch.dtype) -> Phi3VForCausalLM:
 
 
 def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
-    """Fills `model` from the safetensors of `directory`, strictly and bit for bit (cast to the model's
-    dtype).
+    """Fills `model` from the safetensors of `directory`, bit for bit or cast to the dtype of the model.
 
-    Parameters partitioned by ZeRO-3 get the rank's slice only, and only that is read. Raises BadInputError
-    naming the tensor or file if one is missing, unexpected, of another shape, or truncated.
+    Of parameters that ZeRO-3 has partitioned only this rank's slice is read. Raises BadInputError naming the
+    tensor or file if one is missing, unexpected, of another shape, or truncated.
     """
     directory = Path(directory)
     files = checkpoint_files(directory)
@@ -95,7 +93,9 @@ def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
             opened = stack.enter_context(_opened(file))
             for name in opened.keys():  # noqa: SIM118 - a safetensors handle, not a dict
                 if name in where:
-                    raise BadInputError(f"{directory}: tensor {name} is in two files; remove the stale one")
+                    raise BadInputError(
+                        f"{directory}: tensor {name} is in two files; remove the outdated one"
+                    )
                 where[name] = opened
         _check_names(directory, set(where) - {EMBEDDING_ALIAS}, set(parameters))
         for name, parameter in parameters.items():
@@ -115,7 +115,7 @@ def load_weights(model: Phi3VForCausalLM, directory: str | Path) -> None:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises BadInputError if there are none or one is missing."""
+    """The safetensors files of a checkpoint. Raises BadInputError if there are none, or one is missing."""
     if (directory / INDEX).exists():
         try:
             names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
@@ -125,7 +125,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
             ) from error
         for name in names:
             if not (directory / name).exists():
-                raise BadInputError(f"{directory}: {INDEX} names {name}, which is not there; download it")
+                raise BadInputError(f"{directory}: {INDEX} names {name}, which is not there; download it too")
         return [directory / name for name in names]
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
@@ -136,48 +136,54 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    """The open file. Raises BadInputError if it is damaged."""
     try:
         opened = safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise BadInputError(
-            f"{file}: truncated or not safetensors ({os.path.getsize(file)} bytes; {error}); fetch it again"
+            f"{file}: truncated or not safetensors ({os.path.getsize(file)} bytes; {error}); download again"
         ) from error
     with opened as handle:
         yield handle
 
 
 def _check_names(directory: Path, found: set[str], expected: set[str]) -> None:
-    for names, what, mend in (
+    """Raises BadInputError unless exactly the `expected` tensors were found."""
+    for names, what, cause in (
         (expected - found, "is missing", "the checkpoint is incomplete or of another model"),
         (found - expected, "is unexpected", "the checkpoint is of another model, or config.json is"),
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise BadInputError(f"{directory}: tensor {min(names)} {what}{more}; {mend}")
+            raise BadInputError(f"{directory}: tensor {min(names)} {what}{more}; {cause}")
 
 
 def _read_slice(opened: Any, name: str, partition: Partition) -> torch.Tensor:
-    """The real elements of a rank's slice of a stored tensor, [count]; reads only the rows that hold it."""
+    """The real elements of a rank's slice of a stored tensor, [count].
+
+    Reads only those entries along the first dimension that hold them: safetensors reads no smaller parts.
+    """
     view = opened.get_slice(name)
     shape = view.get_shape()
-    row = math.prod(shape[1:])  # elements of an entry along the first dimension
-    first, last = partition.start // row, -(-partition.stop // row)
+    width = math.prod(shape[1:])  # elements of an entry along the first dimension
+    first, last = partition.start // width, -(-partition.stop // width)
     found: torch.Tensor = view[first:last].reshape(-1)
-    return found[partition.start - first * row : partition.stop - first * row]
+    return found[partition.start - first * width : partition.stop - first * width]
 
 
 def init_random_checkpoint(
     config: Phi3VConfig,
     directory: str | Path,
     seed: int,
+    *,
     dtype: torch.dtype,
     num_crops: int = 16,
     tokenizer_dir: str | Path | None = None,
 ) -> None:
-    """Writes a hub directory of random weights, transformers' usual initialisation, the same for the same
-    seed.
+    """Writes a hub directory with random weights: the initialisation of transformers, reproducible by `seed`.
 
-    tokenizer_dir: where tokenizer.json is; None: in `directory` already.
+    tokenizer_dir: where tokenizer.json is; None if it is in `directory` already. Raises BadInputError if
+    `directory` holds a model already.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -186,7 +192,7 @@ def init_random_checkpoint(
         directory,
         config,
         model.named_parameters(),
-        dtype,
+        dtype=dtype,
         num_crops=num_crops,
         tokenizer_dir=directory if tokenizer_dir is None else tokenizer_dir,
     )
@@ -196,33 +202,33 @@ def write_hub_directory(
     out: str | Path,
     config: Phi3VConfig,
     named_tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
     dtype: torch.dtype,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     num_crops: int = 16,
-    *,
     tokenizer_dir: str | Path,
 ) -> None:
-    """Writes a complete hub directory; `out` appears complete or not at all.
+    """Writes a hub directory: `out` is complete at the end, or not written at all.
 
-    named_tensors: all tensors of the model in any order, consumed one at a time; at most one shard of
-    `max_shard_bytes` is held in memory. `out` may exist (a tokenizer may lie in it) but holds no weights yet:
-    raises BadInputError if it does, or if a tensor is missing, unexpected or of another shape.
+    named_tensors: all tensors of the model in any order, taken one at a time. max_shard_bytes: the size of a
+    weight file, and so of the memory that is needed. `out` may exist and hold a tokenizer. Raises
+    BadInputError if it holds a model already, or if a tensor is missing, unexpected or of another shape.
     """
     out = Path(out)
     if (out / CONFIG).exists() or (out / SINGLE).exists() or (out / INDEX).exists():
-        raise BadInputError(f"{out}: holds a model already; choose another directory or remove it")
+        raise BadInputError(f"{out}: holds a model already; choose another directory, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        _write_weights(staging, config, named_tensors, dtype, max_shard_bytes)
-        _write_configs(staging, config, dtype, num_crops, Path(tokenizer_dir))
+        _write_weights(staging, config, named_tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        _write_configs(staging, config, Path(tokenizer_dir), dtype=dtype, num_crops=num_crops)
         _publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def expected_shapes(config: Phi3VConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a checkpoint; no memory is taken for them."""
+    """Names and shapes of the tensors of a checkpoint, without memory for them."""
     with torch.device("meta"), initialization.no_init_weights():
         model = Phi3VForCausalLM(copy.deepcopy(config))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -232,9 +238,11 @@ def _write_weights(
     directory: Path,
     config: Phi3VConfig,
     named_tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
+    """Writes the weights: one file, or several and their index. Raises BadInputError."""
     expected = expected_shapes(config)
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -256,7 +264,7 @@ def _write_weights(
             raise BadInputError(
                 f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(expected[name])}"
             )
-        # A copy: the caller may free or reuse a gathered parameter before the shard is written.
+        # A copy, because the caller may free or reuse a tensor before the file is written.
         kept = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         size = kept.numel() * kept.element_size()
         if pending and held + size > max_shard_bytes:
@@ -281,7 +289,7 @@ def _write_weights(
 
 
 def _write_configs(
-    directory: Path, config: Phi3VConfig, dtype: torch.dtype, num_crops: int, source: Path
+    directory: Path, config: Phi3VConfig, source: Path, *, dtype: torch.dtype, num_crops: int
 ) -> None:
     tokenizer = load_tokenizer(source)
     config = copy.deepcopy(config)
@@ -290,7 +298,7 @@ def _write_configs(
     generation = {
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,
-        # Turns end with <|end|>; config.json's </s> never comes.
+        # Turns end with these; the model never generates </s>, which config.json names.
         "eos_token_id": [tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|endoftext|>")],
         "pad_token_id": tokenizer.pad_token_id,
         "transformers_version": transformers_version,
@@ -304,10 +312,10 @@ def _write_configs(
 
 
 def _publish(staging: Path, out: Path) -> None:
-    """Moves the files of `staging` into place; config.json, without which nothing loads, last."""
+    """Moves the files of `staging` to `out`, config.json last: without it nothing loads them."""
     mask = _umask()
     for file in staging.iterdir():
-        file.chmod(0o666 & ~mask)  # safetensors makes them readable by their owner alone
+        file.chmod(0o666 & ~mask)  # safetensors lets only the owner read them
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     if not out.exists():

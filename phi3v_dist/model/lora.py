@@ -1,8 +1,8 @@
-"""LoRA by the names of the model's parts, through PEFT's layers: for one GPU and for debugging.
+"""LoRA on chosen parts of the model, with PEFT's layers: for one GPU and for debugging.
 
-`add_lora` puts adapters beside the linear layers of the chosen parts, in place: the model stays what it is,
-so rows, ZeRO-3, generation and checkpoints go through it as ever. `plain_name` and `update` let a checkpoint
-be read as if the learnt updates were in the weights; `merge_lora` adds them to a whole model's.
+`add_lora` replaces the linear layers of the chosen parts by layers with adapters, in place. The model keeps
+its class, so packed rows, ZeRO-3, generation and checkpoints work without changes. With `plain_name` and
+`update` a checkpoint can be read as if the updates were merged; `merge_lora` merges them in a model.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _TOWER = "model.vision_embed_tokens.img_processor."
 PARTS = {
     "decoder": "model.layers.",  # qkv_proj, o_proj, gate_up_proj, down_proj
     "projector": "model.vision_embed_tokens.img_projection.",
-    "vision": _TOWER,  # q_proj, k_proj, v_proj, out_proj, fc1, fc2 of the layers that feed something
+    "vision": _TOWER,  # q_proj, k_proj, v_proj, out_proj, fc1, fc2 of the layers that are used
 }
-_ADAPTER = "default"  # PEFT's name of the only adapter
+_ADAPTER = "default"  # the name that PEFT gives to the first adapter
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def lora_targets(model: Phi3VForCausalLM, parts: Sequence[str]) -> list[str]:
-    """Full names of the linear layers of `parts` (keys of PARTS) that take part in forward.
+    """Full names of the linear layers of `parts` (keys of PARTS) that forward uses.
 
-    lm_head is never among them: its forward computes the loss, which an adapter around it would miss. Raises
-    BadInputError for an unknown part.
+    lm_head is never one of them: its forward computes the loss, and an adapter would be left out there.
+    Raises BadInputError for an unknown part.
     """
     for part in parts:
         if part not in PARTS:
-            raise BadInputError(f"no part {part!r} to put LoRA on; choose among {', '.join(PARTS)}")
+            raise BadInputError(f"LoRA has no part {part!r}; choose among {', '.join(PARTS)}")
     prefixes = tuple(PARTS[part] for part in parts)
     return [
         name
@@ -47,10 +47,12 @@ def _is_dead(module: nn.Module) -> bool:
 
 
 def add_lora(
-    model: Phi3VForCausalLM, parts: Sequence[str], rank: int = 16, alpha: float = 32.0, seed: int = 0
+    model: Phi3VForCausalLM, parts: Sequence[str], *, rank: int = 16, alpha: float = 32.0, seed: int = 0
 ) -> Phi3VForCausalLM:
-    """Puts adapters on `parts` of `model` and returns it; from then on nothing learns but them. They change
-    nothing yet (B is zero); A is drawn from `seed`, alike on every rank.
+    """Puts adapters on `parts` of `model`, freezes everything else, and returns `model`.
+
+    The output does not change yet, because B is zero; A is random from `seed`, the same on every rank. Raises
+    BadInputError for an unknown part.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -63,12 +65,12 @@ def add_lora(
 
 
 def has_adapters(model: Phi3VForCausalLM) -> bool:
-    """Whether `add_lora` has been called on it (PEFT notes its configuration there)."""
+    """Whether `add_lora` has been called on `model`: PEFT stores its configuration there."""
     return bool(getattr(model, "peft_config", None))
 
 
 def same_adapters(copy: Phi3VForCausalLM, model: Phi3VForCausalLM) -> None:
-    """Puts such adapters on `copy` as `model` has, if it has any; their values are not copied."""
+    """Puts adapters like those of `model`, if it has any, on `copy`. Their values are not copied."""
     if not has_adapters(model):
         return
     from peft import inject_adapter_in_model
@@ -77,7 +79,9 @@ def same_adapters(copy: Phi3VForCausalLM, model: Phi3VForCausalLM) -> None:
 
 
 def merge_lora(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
-    """Adds the updates to the weights of a whole `model` and takes the adapters, if any, away, in place."""
+    """Adds the updates to the weights of `model`, which is not partitioned, and removes the adapters, in
+    place. Does nothing without adapters.
+    """
     if not has_adapters(model):
         return model
     from peft.tuners.lora import LoraLayer
@@ -92,33 +96,33 @@ def merge_lora(model: Phi3VForCausalLM) -> Phi3VForCausalLM:
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter without PEFT's insertions: of a weight under an adapter the published one, of
-    an adapter `LAYER.lora_A.weight`, as in PEFT's files.
+    """The name of a parameter without PEFT's insertions: the published name of a weight that has an adapter,
+    and `LAYER.lora_A.weight` for the adapter, as in PEFT's files.
     """
     return name.replace(".base_layer.", ".").replace(f".{_ADAPTER}.weight", ".weight")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a plain name is one of an adapter."""
+    """Whether a plain name is that of an adapter's factor."""
     return name.endswith((LORA_A, LORA_B))
 
 
 def adapters_of(name: str) -> tuple[str, str]:
-    """Plain names of the two factors that belong to the weight `name`."""
+    """Plain names (of A, of B) of the adapter's two factors for the weight `name`."""
     layer = name.removesuffix(".weight")
     return layer + LORA_A, layer + LORA_B
 
 
-def update(a: torch.Tensor, b: torch.Tensor, rank: int, alpha: float) -> torch.Tensor:
-    """What an adapter adds to its weight. a: [rank, in], b: [out, rank] -> [out, in]."""
+def update(a: torch.Tensor, b: torch.Tensor, *, rank: int, alpha: float) -> torch.Tensor:
+    """What an adapter adds to its weight, [out, in]. a: [rank, in]; b: [out, rank]."""
     return (alpha / rank) * (b @ a)
 
 
 def adapter_shapes(
     shapes: Mapping[str, tuple[int, ...]], parts: Iterable[str], rank: int
 ) -> dict[str, tuple[int, ...]]:
-    """Plain names and shapes of the adapters that `add_lora` makes. shapes: of the weights that feed
-    something, under their published names.
+    """Plain names and shapes of the adapters that `add_lora` makes. shapes: of the weights that forward uses,
+    by published name.
     """
     found: dict[str, tuple[int, ...]] = {}
     prefixes = tuple(PARTS[part] for part in parts)

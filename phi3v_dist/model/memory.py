@@ -1,8 +1,8 @@
-"""What makes long rows fit, switched on for a model from outside: MLPs in tiles, layer inputs on the host.
+"""What makes long rows fit into memory: gradient checkpointing, MLPs in tiles, layer inputs in host memory.
 
-Both change the use of memory, not the results, as checkpointing does. `tile_mlp`: the MLP works on so many
-positions at a time, forward and backward. `offload_checkpoints`: inputs of the checkpointed layers wait for
-backward in host memory. `save_memory`: what the configuration of a run asks for.
+All change the use of memory, not the results. `tile_mlp`: an MLP computes a limited number of positions at a
+time, forward and backward. `offload_checkpoints`: the inputs of checkpointed layers are kept in host memory
+until backward. `save_memory` turns on what the configuration of a run asks for.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from phi3v_dist.model.modeling import Phi3VForCausalLM
 
 
 def save_memory(model: Phi3VForCausalLM, config: RunConfig) -> None:
-    """Checkpointing of the layers, their inputs on the host and tiled MLPs, as `config` says."""
+    """Turns on gradient checkpointing, offloading of layer inputs and tiled MLPs, as `config` says."""
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        # transformers makes the embeddings ask for gradients, CLIP's of the patches too: a frozen tower would
-        # be computed again and gone back through for nothing. The text's stay so, for a frozen decoder.
+        # transformers lets all embeddings require gradients, those of CLIP's patches too: backward would run
+        # through a frozen tower for nothing. The text embeddings keep it, for runs with a frozen decoder.
         model.disable_input_require_grads()
-        model.get_input_embeddings().register_forward_hook(_asking)
+        model.get_input_embeddings().register_forward_hook(_require_grad)
         if config.parallel.offload_checkpoints:
             offload_checkpoints(model)
     tile_mlp(model, config.parallel.tile_mlp)
 
 
-def _asking(module: nn.Module, arguments: Any, embeddings: torch.Tensor) -> torch.Tensor:
+def _require_grad(module: nn.Module, arguments: Any, embeddings: torch.Tensor) -> torch.Tensor:
     return embeddings.requires_grad_(True)
 
 
 def tile_mlp(model: Phi3VForCausalLM, positions: int) -> None:
-    """The MLPs of the decoder work on at most `positions` positions at a time; 0 changes nothing.
+    """Makes the MLPs of the decoder compute at most `positions` positions at a time; 0 changes nothing.
 
-    Exact under ZeRO-3 and accumulation: the gradients of an MLP's weights are summed over the tiles (in
-    float32) before autograd sees them, so they arrive once per layer.
+    Correct under ZeRO-3 and gradient accumulation: the gradients of an MLP's weights are summed over the
+    tiles in float32 before autograd gets them, so each weight receives one gradient per layer, as without
+    tiles.
     """
     if not positions:
         return
     for layer in model.model.layers:
         mlp: Any = layer.mlp
-        mlp.forward = partial(_tiled, mlp, mlp.forward, positions)
+        mlp.forward = partial(_tiled, mlp, mlp.forward, positions=positions)
 
 
 def _tiled(
-    mlp: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], positions: int, hidden: torch.Tensor
+    mlp: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, *, positions: int
 ) -> torch.Tensor:
     if hidden[..., 0].numel() <= positions:
         return whole(hidden)
@@ -60,10 +61,10 @@ def _tiled(
 
 
 class _Kept(torch.autograd.Function):
-    """The input of a tiled MLP, saved before the MLP runs.
+    """Returns the input of a tiled MLP, and saves it before the MLP runs.
 
-    When a checkpointed layer is computed again for backward, that stops at the last tensor that was saved: so
-    the MLP is left out there, as backward computes its tiles anyway.
+    The recomputation of a checkpointed layer stops at the last saved tensor. So it leaves out the MLP, whose
+    tiles backward computes anyway.
     """
 
     @staticmethod
@@ -77,7 +78,7 @@ class _Kept(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """whole(hidden) tile by tile; backward computes each tile once more."""
+    """Computes whole(hidden) tile by tile; backward computes each tile again."""
 
     @staticmethod
     def forward(
@@ -114,9 +115,9 @@ class _Tiled(torch.autograd.Function):
 
 
 def offload_checkpoints(model: Phi3VForCausalLM) -> None:
-    """The decoder layers keep their inputs in host memory until backward.
+    """Makes the decoder layers keep their inputs in host memory until backward.
 
-    Call it after gradient_checkpointing_enable. On CUDA the copy out runs beside the computation.
+    Call it after gradient_checkpointing_enable. On CUDA the copy to the host overlaps with computation.
     """
     streams: dict[torch.device, Any] = {}
 
@@ -129,7 +130,7 @@ def offload_checkpoints(model: Phi3VForCausalLM) -> None:
         side.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(side):
             kept.copy_(tensor, non_blocking=True)
-        tensor.record_stream(side)  # its memory is not given away before the copy is done
+        tensor.record_stream(side)  # its memory is not reused before the copy has finished
         return tensor.device, kept
 
     def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:

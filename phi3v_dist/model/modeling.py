@@ -1,11 +1,14 @@
-"""Phi-3-Vision as a transformers model: one set of weights, two ways in.
+"""Phi-3-Vision as a transformers model: one set of weights, two calling conventions.
 
-Published convention: `input_ids` [B, T] with negative ids where image vectors go, `pixel_values`,
-`image_sizes`, `attention_mask`, as the published processor makes them; rules of the published code to the
-letter (one short/long RoPE decision per forward, padding counted). Packed row: `row=PackedRow`, every
-document as if it were alone, out comes the sum of its negative log likelihoods. Decoder layers and CLIP are
-transformers' own; RoPE, attention and vision layout are this package's. Tensor names are those of the
-published checkpoint.
+Published convention: `input_ids` [B, T] with negative ids at the positions of image vectors, `pixel_values`,
+`image_sizes` and `attention_mask`, as the published processor makes them. It follows the rules of the
+published code exactly: one choice between short and long RoPE factors per forward, padding counted.
+
+Packed row: `row=PackedRow`. Every document is computed as if it were the only one, and forward returns the
+sum of the negative log likelihoods of all targets.
+
+The decoder layers and CLIP are those of transformers; RoPE, attention and the layout of image vectors are in
+this package. Tensor names are those of the published checkpoint.
 """
 
 from __future__ import annotations
@@ -35,22 +38,22 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 PUBLISHED_VOCAB = 32064
-# The published code keeps a second reference to the embedding; some trainers write it out.
+# The published code keeps a second reference to the embedding; some trainers save it under this name.
 EMBEDDING_ALIAS = "model.vision_embed_tokens.wte.weight"
 
 
 class LossHead(nn.Linear):
-    """lm_head: logits, or the loss of targets without ever holding all logits.
+    """lm_head: logits, or the loss of targets without all logits in memory at once.
 
-    The loss is computed inside this module's forward, so that ZeRO-3 has the weight gathered.
+    The loss is computed in this module's forward, because that is where ZeRO-3 has gathered the weight.
     """
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [..., H] -> logits [..., V]; with targets int64 [N], hidden [N, H]: sum of NLL, float32."""
         if targets is None:
             return F.linear(hidden, self.weight)
-        # reduction="sum" would add up in the dtype of `hidden`: 10.31 for 10.54 in bf16 (torch 2.13). Without
-        # acc_dtype the exponentials of a token are summed so as well: losses below 0.005 came out as 0.
+        # reduction="sum" would add up in the dtype of `hidden`: 10.31 instead of 10.54 in bf16 (torch 2.13).
+        # Without acc_dtype the exponentials of a token are summed in it too: losses below 0.005 became 0.
         if hidden.dtype in (torch.bfloat16, torch.float16):
             options = nn.LinearCrossEntropyOptions(acc_dtype=torch.float32)
         else:
@@ -60,7 +63,7 @@ class LossHead(nn.Linear):
 
 
 class Phi3VModel(nn.Module):
-    """Embedding, vision, decoder layers, final norm; the names under `model.` of the checkpoint."""
+    """Embedding, vision, decoder layers and final norm: the tensors under `model.` of the checkpoint."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -73,7 +76,10 @@ class Phi3VModel(nn.Module):
     def embed(
         self, input_ids: torch.Tensor, positions: torch.Tensor, vectors: torch.Tensor | None
     ) -> torch.Tensor:
-        """input_ids [N], image `vectors` at `positions` (int64, flat) -> [N, H]; negative ids read row 0."""
+        """Embeddings [N, H] of input_ids [N], with `vectors` [image tokens, H] at `positions` (int64).
+
+        Negative ids are looked up as id 0; `vectors` replace what that gives.
+        """
         embeddings = self.embed_tokens(input_ids.clamp(min=0))
         if vectors is None:
             return embeddings
@@ -82,17 +88,19 @@ class Phi3VModel(nn.Module):
     def decode(
         self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], **attention: Any
     ) -> torch.Tensor:
-        """Decoder layers and final norm over [B, T, H]; `attention`: what the attention function needs."""
+        """Decoder layers and final norm: [B, T, H] -> [B, T, H]. attention: arguments of the attention
+        function.
+        """
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=rotation, **attention)
         return self.norm(hidden)
 
 
 class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
-    """The model.
+    """The model with its lm_head.
 
-    vision_chunk: most views in one call of the vision tower. sequence: the ranks that share every packed row
-    with this one (it then computes its slice of the row), None for whole rows.
+    vision_chunk: the most views in one call of the vision tower. sequence: the ranks that share every packed
+    row with this one, which then computes its slice of the row; None for whole rows.
     """
 
     config_class = Phi3VConfig
@@ -115,27 +123,29 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', but strict: BadInputError names a tensor that is missing or unexpected, where
-        transformers would go on with random weights. Generation stops at <|end|> in any case.
+        """Loads a checkpoint as transformers does, but strictly, and makes generation stop at <|end|>.
+
+        Raises BadInputError naming a tensor that is missing or unexpected, where transformers would continue
+        with random weights, or a damaged weight file.
         """
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise BadInputError(
-                f"{name}: a truncated or damaged weight file ({error}); fetch it again"
+                f"{name}: a truncated or damaged weight file ({error}); download it again"
             ) from error
         for key, what in (("missing_keys", "is missing"), ("unexpected_keys", "is unexpected")):
             names = set(info[key]) - {EMBEDDING_ALIAS}
             if names:
                 raise BadInputError(f"{name}: tensor {min(names)} {what}; not a complete Phi-3-V checkpoint")
-        model.model.vision_embed_tokens.img_processor.vision_model.freeze_dead()  # loading unfreezes them
+        model.model.vision_embed_tokens.img_processor.vision_model.freeze_dead()  # undone by loading
         _stop_at_turns(model)
         return (model, info) if output_loading_info else model
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
-        """The private attention, whatever kernel is asked for (it picks its own), unless it is "eager"."""
+        """This package's attention, whatever kernel is asked for (it chooses its own), except for "eager"."""
         return "eager" if attn_implementation == "eager" else NAME
 
     @classmethod
@@ -158,9 +168,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        if not isinstance(
-            new_embeddings, LossHead
-        ):  # transformers makes a plain one when the vocabulary grows
+        if not isinstance(new_embeddings, LossHead):  # transformers makes an nn.Linear to grow the vocabulary
             head = LossHead(
                 new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta"
             )
@@ -185,17 +193,20 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | torch.Tensor | tuple:
-        """Published convention, or a packed row; nothing the caller passes is modified.
+        """Published convention, or a packed row. No argument is modified.
 
-        input_ids: int64 [B, T], image positions negative, row-major in the order of the pictures.
-        attention_mask: [B, T with cache], 1 = real. pixel_values: [pictures, views, 3, S, S] normalised,
-        global view first. image_sizes: int64 [pictures, 2], px (height, width) of the padded canvas. labels:
-        int64 [B, T], negative ignored; the loss is the mean over the others. Returns CausalLMOutputWithPast,
-        logits float32.
+        input_ids: int64 [B, T], negative at image positions, row-major in the order of the images.
+        attention_mask: [B, T with cache], 1 = real. pixel_values: [images, views, 3, S, S] normalised, global
+        view first. image_sizes: int64 [images, 2], px (height, width) of the padded canvas. labels: int64
+        [B, T], negative ones ignored; the loss is the mean over the others. Returns CausalLMOutputWithPast
+        with float32 logits.
 
-        row: the packed way; every other tensor is in it. Returns the float32 sum of the negative log
-        likelihoods of its targets, or float32 logits [T, V] with `return_logits`; with `self.sequence` those
-        of this rank's slice, so that the sum over the ranks is the row's.
+        row: a packed row, which holds all tensors; leave out the others. Returns the float32 sum of the
+        negative log likelihoods of its targets, or float32 logits [T, V] with `return_logits`; with
+        `self.sequence` those of this rank's slice, so that the sum over the ranks is that of the row.
+
+        Raises ValueError for arguments that are not supported or contradict each other, BadInputError if
+        input_ids and images do not belong together.
         """
         for name in ("output_attentions", "output_hidden_states"):
             if others.get(name):
@@ -234,43 +245,45 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             targets = labels[:, 1:].flatten()
-            targets = targets.masked_fill(targets < 0, IGNORE)  # labels cloned from input_ids hold image ids
+            targets = targets.masked_fill(targets < 0, IGNORE)  # also image ids, in copies of input_ids
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=IGNORE)
         cache = past_key_values if use_cache else None
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
     def _forward_row(self, row: PackedRow, return_logits: bool) -> torch.Tensor:
+        """The loss or the logits of a packed row, or of this rank's slice of it."""
         sequence = self.sequence
         part = slice(0, len(row.input_ids))
         if sequence is not None:
             row = row.padded(sequence.size)
             part = sequence.part(len(row.input_ids))
         embeddings = self._embed_row(row, part)[None]
-        rotation = self.model.rope.packed(row.position_ids, row.cu_seqlens, embeddings.dtype, part)
+        rotation = self.model.rope.packed(row.position_ids, row.cu_seqlens, embeddings.dtype, part=part)
         attention: dict[str, Any] = {"layout": make_layout(row.cu_seqlens), "sequence": sequence}
         if self.config._attn_implementation == "eager":
             if sequence is not None:
-                raise ValueError("eager attention knows no sequence parallelism; leave attn_implementation")
+                raise ValueError(
+                    "eager attention cannot share a row among ranks; leave attn_implementation unset"
+                )
             attention = {"attention_mask": _additive(block_mask(row.cu_seqlens), embeddings.dtype)}
         hidden = self.model.decode(embeddings, rotation, **attention)[0]
         if return_logits:
             return self.lm_head(hidden).float()
         targets = row.targets()[part]
         chosen = (targets != IGNORE).nonzero()[:, 0]
-        if not len(chosen):  # lm_head takes part on every rank, whatever its row
+        if not len(chosen):  # ZeRO-3 gathers lm_head on all ranks, so every rank must run it
             return self.lm_head(hidden[:1], targets.new_zeros(1)) * 0.0
         return self.lm_head(hidden.index_select(0, chosen), targets.index_select(0, chosen))
 
     def _embed_row(self, row: PackedRow, part: slice) -> torch.Tensor:
-        """Embeddings [positions of part, H], image vectors merged in."""
+        """Embeddings [positions of part, H] with the image vectors in place."""
         found = len(row.image_positions)
         side = self.model.vision_embed_tokens.side // 2
         expected = sum(image_token_count(rows, cols, side) for rows, cols in row.grids.tolist())
         if found != expected:
             raise BadInputError(
-                f"row: {found} image positions for pictures of {expected} tokens; input_ids and grids "
-                "disagree"
+                f"row: {found} image positions for images of {expected} tokens; input_ids and grids disagree"
             )
         cuts = [0, found]
         first, stop = 0, found
@@ -279,7 +292,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
             cuts = torch.searchsorted(row.image_positions.cpu(), edges).tolist()
             first, stop = cuts[self.sequence.rank], cuts[self.sequence.rank + 1]
         vectors = self.model.vision_embed_tokens(
-            row.tiles, None, row.grids, row.vision_calls, self.sequence, cuts
+            row.tiles, None, row.grids, calls=row.vision_calls, sequence=self.sequence, cuts=cuts
         )
         positions = row.image_positions[first:stop] - part.start
         return self.model.embed(row.input_ids[part], positions, vectors)
@@ -290,6 +303,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None,
         image_sizes: torch.Tensor | None,
     ) -> torch.Tensor:
+        """Embeddings [B, T, H] with the image vectors in place. Raises BadInputError if they do not fit."""
         assert input_ids is not None
         flat = input_ids.flatten()
         positions = (flat < 0).nonzero()[:, 0]
@@ -302,13 +316,13 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             if not len(positions):
                 raise BadInputError(
-                    "pixel_values are given but input_ids has no image position, they would be ignored; "
+                    "pixel_values are given but input_ids has no image positions, so they would be ignored; "
                     "make input_ids with Phi3VProcessor, <|image_1|> in the text"
                 )
             vectors = self._image_vectors(pixel_values, image_sizes)
             if len(vectors) != len(positions):
                 raise BadInputError(
-                    f"input_ids has {len(positions)} image positions but the pictures have {len(vectors)} "
+                    f"input_ids has {len(positions)} image positions but the images have {len(vectors)} "
                     "tokens; input_ids, pixel_values and image_sizes must come from one processor call"
                 )
         return self.model.embed(flat, positions, vectors).view(*input_ids.shape, -1)
@@ -316,28 +330,29 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
     def _image_vectors(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None) -> torch.Tensor:
         vision = self.model.vision_embed_tokens
         if image_sizes is None:
-            raise BadInputError("pixel_values need image_sizes, the (height, width) of each picture's canvas")
+            raise BadInputError("pixel_values need image_sizes, the (height, width) of each image's canvas")
         side = vision.tile
         if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != (3, side, side):
             raise BadInputError(
                 f"pixel_values has shape {list(pixel_values.shape)}, expected "
-                f"[pictures, views, 3, {side}, {side}]"
+                f"[images, views, 3, {side}, {side}]"
             )
         sizes = image_sizes.reshape(-1, 2)
         grids = sizes.to("cpu", torch.int64) // side
         counts = grids.prod(1).tolist()
         if len(counts) != len(pixel_values) or max(counts, default=0) >= pixel_values.shape[1]:
             raise BadInputError(
-                f"image_sizes {sizes.tolist()} do not fit pixel_values of {len(pixel_values)} picture(s) "
+                f"image_sizes {sizes.tolist()} do not fit pixel_values of {len(pixel_values)} image(s) "
                 f"with at most {pixel_values.shape[1] - 1} tile(s)"
             )
         tiles = torch.cat([views[1 : 1 + n] for views, n in zip(pixel_values, counts, strict=True)])
         calls = vision_calls_needed(len(tiles), len(counts), self.vision_chunk)
-        return vision(tiles, pixel_values[:, 0], grids, calls)
+        return vision(tiles, pixel_values[:, 0], grids, calls=calls)
 
     def _batch_attention(
         self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None, past: int
     ) -> dict[str, Any]:
+        """Arguments of the attention function for a batch; past: positions in the cache."""
         batch, length = embeddings.shape[:2]
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
@@ -358,6 +373,7 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
         return {"layout": layout}
 
     def _refuse_mixed_factors(self, position_ids: torch.Tensor, length: int) -> None:
+        """Raises BadInputError where the new positions need other RoPE factors than the cached keys have."""
         longest, limit = int(position_ids.max()) + 1, self.config.original_max_position_embeddings
         if longest - length <= limit < longest:
             raise BadInputError(
@@ -368,24 +384,27 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """One step's inputs: pictures where their tokens are, a new cache where the RoPE factors switch."""
-        pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
+        """Inputs of a generation step: images only when the prompt is read, which happens again with a new
+        cache where the RoPE factors change, or where a further turn brings images.
+        """
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         if past:
             stale = self._switches_factors(past, input_ids.shape[1], kwargs.get("attention_mask"))
-            more_pictures = is_first_iteration and bool((input_ids[:, past:] < 0).any())  # of a further turn
-            if stale or more_pictures:
+            more_images = is_first_iteration and bool((input_ids[:, past:] < 0).any())  # of a further turn
+            if stale or more_images:
                 kwargs.update(past_key_values=DynamicCache(), next_sequence_length=None)
                 past = 0
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not past:
-            inputs.update({name: value for name, value in pictures.items() if value is not None})
+            inputs.update({name: value for name, value in images.items() if value is not None})
         return inputs
 
     def _switches_factors(self, past: int, total: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether `past` positions have the short RoPE factors and `total` need the long ones."""
         limit = self.config.original_max_position_embeddings
         if total <= limit:
             return False
@@ -396,11 +415,13 @@ class Phi3VForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _stop_at_turns(model: Phi3VForCausalLM) -> None:
-    """The published configs stop at </s>, which never comes: turns end with <|end|> or <|endoftext|>."""
+    """Generation stops at <|end|> and <|endoftext|>, which end turns; published configs name only </s>, which
+    the model never generates.
+    """
     if model.config.vocab_size == PUBLISHED_VOCAB and model.generation_config.eos_token_id in (None, 2, [2]):
         model.generation_config.eos_token_id = [32007, 32000]
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Bool mask, True = attend, as the number added to scores."""
+    """A bool mask (True = attend) as the value that eager attention adds to scores, in `dtype`."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,7 +1,7 @@
-"""The packed row: what one micro-batch is, from the collator to the model.
+"""The packed row: one micro-batch, as the collator makes it and the model takes it.
 
-Whole documents one after the other in one sequence of T positions, padded only at the end. Documents never
-attend to each other, and each one gets the LongRoPE factors of its own length.
+It holds whole documents one after another in one sequence of T positions, padded only at the end. Documents
+never attend to each other, and each has the LongRoPE factors of its own length.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row; every tensor on one device.
+    """One row, with all tensors on one device.
 
-    input_ids: int64 [T]; negative where an image token goes, in the order of the features. The padding at the
-        end is a document of its own (or there is none), so that cu_seqlens ends at T.
-    labels: int64 [T]; -100 outside assistant replies; not shifted. The last position of a document predicts
+    input_ids: int64 [T], negative at image positions, which are in the order of the image vectors. Padding at
+        the end is a document of its own, so that cu_seqlens ends at T.
+    labels: int64 [T], -100 outside assistant replies, not shifted. The last position of a document predicts
         nothing: the first label of a document is always -100.
-    position_ids: int64 [T]; restart at 0 for each document.
-    cu_seqlens: int32 [documents + 1]; document d is positions cu_seqlens[d] .. cu_seqlens[d + 1] - 1.
-    tiles: uint8 [tiles, 3, S, S]; the tiles of all images, image after image, row-major within one.
-    grids: int64 [images, 2]; rows and columns of tiles of each image; sum of rows * columns = tiles.
-    image_positions: int64 [image tokens]; where input_ids is negative, ascending.
-    vision_calls: calls of the vision tower that every rank makes for its row of this micro-step, at least 1;
-        the same number on all ranks, or ZeRO-3's collectives would not match.
+    position_ids: int64 [T], starting at 0 in each document.
+    cu_seqlens: int32 [documents + 1]; document d has the positions cu_seqlens[d] .. cu_seqlens[d + 1] - 1.
+    tiles: uint8 [tiles, 3, S, S], the tiles of all images, image after image, row-major within an image.
+    grids: int64 [images, 2], rows and columns of tiles of each image; the sum of rows * columns is `tiles`.
+    image_positions: int64 [image tokens], where input_ids is negative, ascending.
+    vision_calls: calls of the vision tower for this row, at least 1; the same number on all ranks of a
+        micro-step, because the collectives of ZeRO-3 would not match otherwise.
     """
 
     input_ids: torch.Tensor
@@ -48,7 +48,7 @@ class PackedRow:
         return PackedRow(**moved)
 
     def padded(self, multiple: int) -> PackedRow:
-        """The same row with T a multiple of `multiple`; the added part is a separate document at the end."""
+        """The same row with T padded to a multiple of `multiple`; the padding is a document of its own."""
         added = -len(self.input_ids) % multiple
         if not added:
             return self
@@ -62,12 +62,12 @@ class PackedRow:
         )
 
     def targets(self) -> torch.Tensor:
-        """int64 [T]: the label each position is to predict, the next one's; -100 at the end of a document."""
+        """What each position must predict, int64 [T]: the next label, and -100 at the end of a document."""
         targets = torch.cat([self.labels[1:], self.labels.new_full((1,), -100)])
         targets[(self.cu_seqlens[1:] - 1).clamp(min=0).long()] = -100
         return targets
 
     @property
     def num_targets(self) -> int:
-        """Positions with a label."""
+        """The number of positions with a label."""
         return int((self.labels != -100).sum())

@@ -1,9 +1,11 @@
-"""Tiles -> CLIP -> HD layout -> projection: the vectors that take the places of image tokens.
+"""Tiles -> CLIP -> projection -> HD layout: the vectors that replace the embeddings of image tokens.
 
-In: views (tiles and one global view per picture) as uint8 tiles to normalise here, or as published pixel
-values. Out: [image tokens, hidden_size], picture after picture. Only real tiles go through the tower, in a
-number of calls that the caller fixes, so that ZeRO-3 ranks stay in step; a call ends with the projection, so
-that checkpointing keeps nothing of its insides.
+In: views (tiles and one global view per image), as uint8 tiles that are normalised here, or as published
+pixel values. Out: [image tokens, hidden_size], image after image.
+
+Only real tiles go through the tower. The caller sets the number of calls of the tower, because under ZeRO-3
+all ranks must make the same number. The projection is part of a call, so that gradient checkpointing stores
+no intermediate results.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from phi3v_dist.processor.pixels import global_views, normalise
 if TYPE_CHECKING:
     from phi3v_dist.parallel.sequence import SequenceGroup
 
-SUB, GLB = -1, -2  # in image_order: the separator behind a row of features, and before the global view
+SUB, GLB = -1, -2  # in image_order: separators, after a line of tokens and before a global view
 
 
 class ClipTower(CLIPVisionModel):
-    """CLIP as Phi-3-V uses it: the patch features of the layer before the last, without the class token.
+    """CLIP as Phi-3-V uses it: the patch features of the second last layer, without the class token.
 
-    The last encoder layer and post_layernorm are in every checkpoint but feed nothing: 18 dead tensors,
-    frozen here (an optimizer would decay them) and skipped in forward.
+    The last encoder layer and post_layernorm are in every checkpoint, but nothing uses their output. These 18
+    tensors are frozen (weight decay would change them otherwise) and skipped in forward.
     """
 
     def __init__(self, config: Any) -> None:
@@ -37,12 +39,12 @@ class ClipTower(CLIPVisionModel):
         self.freeze_dead()
 
     def freeze_dead(self) -> None:
-        """requires_grad False for the 18 dead tensors."""
+        """Sets requires_grad to False for the 18 unused tensors."""
         for module in (self.encoder.layers[-1], self.post_layernorm):
             module.requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> torch.Tensor:
-        """[views, 3, S, S] normalised -> [views, (S / 14)^2, width]."""
+        """Normalised views [views, 3, S, S] -> features [views, (S / 14)^2, width]."""
         hidden = self.pre_layrnorm(self.embeddings(pixel_values))
         for layer in self.encoder.layers[:-1]:
             hidden = layer(hidden, None)
@@ -50,7 +52,7 @@ class ClipTower(CLIPVisionModel):
 
 
 class ImageProcessor(nn.Module):
-    """Holds the tower one level down, where the published tensor names have it."""
+    """Holds the tower under the name that the published checkpoint gives it."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
@@ -82,29 +84,30 @@ class VisionEmbedding(nn.Module):
         tiles: torch.Tensor,
         globals_: torch.Tensor | None,
         grids: torch.Tensor,
+        *,
         calls: int,
         sequence: SequenceGroup | None = None,
         cuts: Sequence[int] = (),
     ) -> torch.Tensor:
-        """The image vectors [image tokens, hidden_size] of pictures, in `calls` calls of the tower.
+        """The image vectors [image tokens, hidden_size] of all images, in `calls` calls of the tower.
 
-        tiles: uint8 [tiles, 3, S, S] raw, or floating and normalised. globals_: [pictures, 3, S, S]
-        normalised, or None: made from uint8 tiles. grids: int64 [pictures, 2] rows and columns of tiles.
-        sequence, cuts: the ranks that share these pictures; each encodes its part of the views and gets the
-        vectors cuts[rank] .. cuts[rank + 1] - 1. A rank without views sees a blank one and without vectors
-        the result is empty, but takes part in backward all the same.
+        tiles: [tiles, 3, S, S], uint8 and raw, or floating point and normalised. globals_: normalised global
+        views [images, 3, S, S], or None to compute them from uint8 tiles. grids: int64 [images, 2], rows and
+        columns of tiles. sequence, cuts: the ranks that share these images; each rank encodes its part of the
+        views and gets the vectors cuts[rank] .. cuts[rank + 1] - 1. A rank without views encodes a blank one.
+        A rank without vectors returns an empty tensor, through which backward runs nevertheless.
         """
         shapes = [(int(rows), int(cols)) for rows, cols in grids.tolist()]
         num_tiles, views = len(tiles), len(tiles) + len(shapes)
         starts, rank = ([0, views], 0) if sequence is None else (sequence.share(views), sequence.rank)
         first, stop = starts[rank], starts[rank + 1]
-        pictures = slice(max(first - num_tiles, 0), max(stop - num_tiles, 0))
-        globals_ = _some_global_views(tiles, shapes, pictures) if globals_ is None else globals_[pictures]
+        images = slice(max(first - num_tiles, 0), max(stop - num_tiles, 0))
+        globals_ = _some_global_views(tiles, shapes, images) if globals_ is None else globals_[images]
         tokens = self._encode(tiles[first : min(stop, num_tiles)], globals_, calls)
         area = (self.side // 2) ** 2
         made, blank = tokens[: (stop - first) * area], tokens[(stop - first) * area :]
         separators = self.img_projection(torch.stack((self.sub_GN.flatten(), self.glb_GN.flatten())))
-        if len(blank):  # views that only keep the number of calls: connected, without effect
+        if len(blank):  # blank views only keep the number of calls equal: part of the graph, no effect
             separators = separators + 0.0 * blank.sum()
         order = image_order(shapes, self.side // 2)
         if sequence is None:
@@ -123,12 +126,11 @@ class VisionEmbedding(nn.Module):
         return vectors
 
     def _encode(self, tiles: torch.Tensor, globals_: torch.Tensor, calls: int) -> torch.Tensor:
-        """Projected tokens [views * (side / 2)^2, hidden_size]: of tiles, global views, then of blanks if
-        `calls` needs them.
+        """Projected tokens [views * (side / 2)^2, hidden_size]: those of tiles, of global views, then of
+        blank views, of which there are as many as `calls` needs.
         """
         num_tiles, num_views = len(tiles), len(tiles) + len(globals_)
         total = max(num_views, calls)
-        dtype = self.glb_GN.dtype
         bounds = [total * call // calls for call in range(calls + 1)]
         saving = self.gradient_checkpointing and self.training and calls > 1
         tower_learns = any(parameter.requires_grad for parameter in self.img_processor.parameters())
@@ -138,24 +140,21 @@ class VisionEmbedding(nn.Module):
             whole = globals_[max(start - num_tiles, 0) : max(min(stop, num_views) - num_tiles, 0)]
             blanks = stop - max(start, num_views) if stop > num_views else 0
             if not saving:
-                chunk = self._encode_chunk(raw, whole, blanks, dtype)
+                chunk = self._encode_chunk(raw, whole, blanks)
             elif tower_learns:
-                chunk = self._gradient_checkpointing_func(self._encode_chunk, raw, whole, blanks, dtype)
-            else:  # backward ends at the projection, for which the tower need not run again
-                features = self._features(raw, whole, blanks, dtype)
+                chunk = self._gradient_checkpointing_func(self._encode_chunk, raw, whole, blanks)
+            else:  # a frozen tower: backward ends at the projection and need not compute the tower again
+                features = self._features(raw, whole, blanks)
                 chunk = self._gradient_checkpointing_func(self._project, features)
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
-    def _encode_chunk(
-        self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        return self._project(self._features(tiles, globals_, blanks, dtype))
+    def _encode_chunk(self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int) -> torch.Tensor:
+        return self._project(self._features(tiles, globals_, blanks))
 
-    def _features(
-        self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """[views, side^2, width] of the tower."""
+    def _features(self, tiles: torch.Tensor, globals_: torch.Tensor, blanks: int) -> torch.Tensor:
+        """The tower's features [views, side^2, width] of tiles, global views and `blanks` blank views."""
+        dtype = self.glb_GN.dtype
         parts = []
         if len(tiles):
             parts.append((normalise(tiles) if tiles.dtype == torch.uint8 else tiles).to(dtype))
@@ -174,18 +173,18 @@ class VisionEmbedding(nn.Module):
         return projected
 
     def _merge(self, features: torch.Tensor) -> torch.Tensor:
-        """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]: 2 x 2 patches side by side."""
+        """[views, side^2, width] -> [views, side / 2, side / 2, 4 width]: 2 x 2 patches become a token."""
         half = self.side // 2
         blocks = features.view(len(features), half, 2, half, 2, features.shape[-1])
         return blocks.transpose(2, 3).reshape(len(features), half, half, 4 * features.shape[-1])
 
 
 def image_order(shapes: Sequence[tuple[int, int]], half: int) -> torch.Tensor:
-    """Which token of which view stands where in the pictures' tokens, picture after picture.
+    """For each image token, image after image, the token of a view that belongs there.
 
-    shapes: rows and columns of tiles of each picture; half: tokens along a side of a view. Out: int64 [image
-    tokens] on the CPU: view * half^2 + token for views in the order tiles, global views; SUB or GLB where a
-    separator stands.
+    shapes: rows and columns of tiles of each image. half: tokens along a side of a view. Out: int64 [image
+    tokens] on the CPU, view * half^2 + token, where views are numbered tiles first, then global views; SUB or
+    GLB for a separator.
     """
     area = half * half
     num_tiles = sum(rows * cols for rows, cols in shapes)
@@ -194,25 +193,23 @@ def image_order(shapes: Sequence[tuple[int, int]], half: int) -> torch.Tensor:
     start = 0
     for place, (rows, cols) in enumerate(shapes):
         tiles = torch.arange(start, start + rows * cols).view(rows, 1, cols, 1) * area
-        picture = (tiles + grid.view(1, half, 1, half)).reshape(rows * half, cols * half)
+        image = (tiles + grid.view(1, half, 1, half)).reshape(rows * half, cols * half)
         whole = (num_tiles + place) * area + grid
-        pieces += [_ended(picture), torch.tensor([GLB]), _ended(whole)]
+        pieces += [_with_separators(image), torch.tensor([GLB]), _with_separators(whole)]
         start += rows * cols
     return torch.cat(pieces)
 
 
-def _ended(picture: torch.Tensor) -> torch.Tensor:
-    """A separator behind each row, flattened."""
-    return F.pad(picture, (0, 1), value=SUB).flatten()
+def _with_separators(image: torch.Tensor) -> torch.Tensor:
+    """[lines, tokens] -> [lines * (tokens + 1)], with a separator after each line."""
+    return F.pad(image, (0, 1), value=SUB).flatten()
 
 
-def _some_global_views(
-    tiles: torch.Tensor, shapes: Sequence[tuple[int, int]], pictures: slice
-) -> torch.Tensor:
-    """The global views of `pictures` from the tiles of all."""
-    chosen = shapes[pictures]
+def _some_global_views(tiles: torch.Tensor, shapes: Sequence[tuple[int, int]], images: slice) -> torch.Tensor:
+    """The global views [images, 3, S, S] of `images`, from the tiles of all images."""
+    chosen = shapes[images]
     if not chosen:
         return tiles.new_zeros(0, *tiles.shape[1:]).float()
-    before = sum(rows * cols for rows, cols in shapes[: pictures.start])
+    before = sum(rows * cols for rows, cols in shapes[: images.start])
     count = sum(rows * cols for rows, cols in chosen)
     return global_views(tiles[before : before + count], torch.tensor(chosen))

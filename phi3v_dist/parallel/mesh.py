@@ -1,7 +1,8 @@
-"""Which rank this process is, read once from torchrun's environment; nothing else reads a rank there.
+"""The process group of a run, and which rank this process is. No other module reads a rank from torchrun's
+environment.
 
 The ranks form a grid of dp x sp: `sp` neighbouring ranks share a packed row (sequence parallelism), and the
-groups of ranks take different rows (data parallelism).
+groups of such ranks take different rows (data parallelism).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Mesh:
-    """rank, size: of all processes; local_rank: on this node. sequence: the ranks that share this one's row,
-    None without sequence parallelism. store: key-value store of the ranks of this start. timeout_s: seconds
-    until a collective fails.
+    """The ranks of a run, and this one among them.
+
+    rank, size: among all processes. local_rank: on this node. store: key-value store of the ranks of this
+    start. timeout_s: seconds until a collective fails. sequence: the ranks that share a row with this one,
+    None without sequence parallelism.
     """
 
     rank: int
@@ -46,35 +49,41 @@ class Mesh:
 
     @property
     def sp_rank(self) -> int:
+        """This rank among those that share a row."""
         return 0 if self.sequence is None else self.sequence.rank
 
     @property
     def sp_size(self) -> int:
+        """The number of ranks that share a row."""
         return 1 if self.sequence is None else self.sequence.size
 
     @property
     def dp_rank(self) -> int:
+        """The group of this rank among the groups that take different rows."""
         return self.rank // self.sp_size
 
     @property
     def dp_size(self) -> int:
+        """The number of groups that take different rows."""
         return self.size // self.sp_size
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, the main rank."""
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Waits until all ranks have called it."""
         dist.barrier()
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sums over all ranks, in float64."""
+        """Element-wise sums over all ranks, in float64. All ranks call it."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor]
 
     def sum_of_row(self, values: list[float]) -> list[float]:
-        """Element-wise sums over the ranks that share this one's row, in float64."""
+        """Element-wise sums over the ranks that share a row with this one, in float64. These all call it."""
         if self.sequence is None:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -82,15 +91,15 @@ class Mesh:
         return [float(value) for value in tensor]
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order, on every rank."""
+        """The `value` of every rank, in rank order, on every rank. All ranks call it."""
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on the main rank; returns its result on every rank.
+        """Runs `work` on the main rank; returns its result on every rank. All ranks call it.
 
-        Raises BadInputError on every rank if `work` raises it, or if a file cannot be read or written.
+        Raises BadInputError on every rank if `work` raises it, or cannot read or write a file.
         """
         box: list[Any] = [None, None]
         if self.is_main:
@@ -107,8 +116,8 @@ class Mesh:
     def everywhere(self, work: Callable[[], Result]) -> Result:
         """Runs `work` on every rank; returns this rank's result after all ranks have finished.
 
-        Raises BadInputError on every rank, with the rank and its host, if any rank raises it or cannot read
-        or write a file. `work` must not wait for other ranks.
+        `work` must not wait for other ranks. Raises BadInputError on every rank, with the failed rank and its
+        host, if `work` raises it on any rank, or cannot read or write a file there.
         """
         results, fault = [], None
         try:
@@ -123,7 +132,7 @@ class Mesh:
 
 
 def _fault_text(error: BadInputError | OSError) -> str:
-    """The line for the user. Raises `error` again if it is not about a file."""
+    """The error as one line for the user. Raises `error` again if it is an OSError without a file."""
     if isinstance(error, BadInputError):
         return str(error)
     if error.filename is None:
@@ -132,10 +141,10 @@ def _fault_text(error: BadInputError | OSError) -> str:
 
 
 def sequence_group(rank: int, size: int, sp: int) -> SequenceGroup | None:
-    """The group of `sp` neighbouring ranks around `rank`; all ranks call it with the same `sp`.
+    """The group of `sp` neighbouring ranks that `rank` belongs to, None for sp = 1. All ranks call it.
 
-    Neighbours are on one node as long as sp divides the ranks of a node. Raises BadInputError if sp does not
-    divide the world.
+    The ranks of a group are on one node if sp divides the number of ranks of a node. Raises BadInputError if
+    sp does not divide `size`.
     """
     if size % sp:
         raise BadInputError(
@@ -154,8 +163,8 @@ def _divisor(size: int, sp: int) -> int:
 
 
 def _record_flight(logs: Path) -> None:
-    """Turns on NCCL's flight recorder; torch reads these variables when the process group is made. Variables
-    that the user has set stay.
+    """Turns on NCCL's flight recorder by variables that torch reads when the process group is created. It
+    does not change those that the user has set.
     """
     logs.mkdir(parents=True, exist_ok=True)
     for name, value in {
@@ -168,12 +177,13 @@ def _record_flight(logs: Path) -> None:
 
 @contextlib.contextmanager
 def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterator[Mesh]:
-    """Joins the process group that torchrun describes (a single process without it) and leaves it at the end.
+    """Joins the process group that torchrun describes, and leaves it at the end. Without torchrun the group
+    is this process.
 
-    NCCL on CUDA, gloo on the CPU. timeout_s: seconds before a collective that waits for a lost rank fails.
-    sp: ranks that share a row. logs: directory for NCCL's flight recorder, which then records what every rank
-    was waiting for; None without it. Raises BadInputError if there are more processes on this node than GPUs,
-    or sp does not divide the ranks.
+    It uses NCCL on CUDA, gloo on the CPU. timeout_s: seconds until a collective that waits for a lost rank
+    fails. sp: number of ranks that share a row. logs: directory for NCCL's flight recorder, which records
+    what every rank was waiting for; None to leave it off. Raises BadInputError if this node has fewer GPUs
+    than processes, or if sp does not divide the number of ranks.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -181,8 +191,8 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise BadInputError(
-                f"process {local_rank} of this node has no GPU of its own (of {torch.cuda.device_count()}), "
-                "start one process per GPU"
+                f"process {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}; start "
+                "one process per GPU"
             )
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
@@ -193,11 +203,11 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
     limit = datetime.timedelta(seconds=timeout_s)
     alone = {} if "RANK" in os.environ else {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if alone:
-        os.environ.update(alone)  # the engine reads them
+        os.environ.update(alone)  # DeepSpeed reads them
         store: Any = dist.HashStore()
     else:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(agree_on_start(store, rank, size, timeout_s), store)
+        store = dist.PrefixStore(agree_on_start(store, rank, size, timeout_s=timeout_s), store)
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=store)
     try:
         sequence = sequence_group(rank, size, sp)
@@ -206,11 +216,11 @@ def open_mesh(timeout_s: float, sp: int = 1, logs: Path | None = None) -> Iterat
                 "parallel.sp=%d does not divide the %d ranks of a node: rows are exchanged between nodes in "
                 "every layer, which is slow", sp, on_node,
             )  # fmt: skip
-        yield Mesh(rank, size, local_rank, device, store, timeout_s, sequence)
-        # Leaving while another rank still works closes its connections. After an exception do not wait.
+        yield Mesh(rank, size, local_rank, device=device, store=store, timeout_s=timeout_s, sequence=sequence)
+        # A rank that leaves closes connections that others may still use. After an exception it cannot wait.
         dist.barrier()
     finally:
         gc.collect()
         dist.destroy_process_group()
         for name in alone:
-            os.environ.pop(name, None)  # another group may be opened in this process
+            os.environ.pop(name, None)  # this process may join another group later

@@ -1,14 +1,13 @@
 """Ulysses sequence parallelism: the ranks of a group share a packed row.
 
-Outside attention a rank has a slice of the positions and all heads; inside it has all positions and a share
-of the heads, so that document boundaries need no special care. One all-to-all precedes attention
-and one follows it, in the dtype of the activations; the backward of each is an all-to-all again. The views of
-the row's images are divided among the ranks too: a rank sends the image tokens it computed to the ranks whose
-slices hold them (DeepSpeed-Ulysses, arXiv:2309.14509).
+Outside attention a rank has a slice of the positions and all heads. Inside attention it has all positions and
+a share of the heads, so that document boundaries need no special treatment. One all-to-all precedes attention
+and one follows it, in the dtype of the activations; the backward of each is an all-to-all again
+(DeepSpeed-Ulysses, arXiv:2309.14509). The views of the row's images are divided among the ranks too, and each
+rank sends the image tokens that it computed to the ranks whose slices hold them.
 
-In: a process group. Out: `SequenceGroup`, which the mesh holds and the model uses. Weights do not matter
-here: under ZeRO-3 the gradient of a rank is that of its slice, and the sum over the ranks is the row's
-gradient.
+In: a process group. Out: `SequenceGroup`, which the mesh holds and the model uses. Gradients of weights need
+nothing here: each rank has those of its slice, and ZeRO-3 adds them up over the ranks.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """The ranks that share a row. rank, size: of this process within `group`."""
+    """The ranks that share a row. group: their process group. rank, size: of this process in `group`."""
 
     group: Any
     rank: int
     size: int
 
     def part(self, length: int) -> slice:
-        """The positions of this rank in a row of `length`, which is a multiple of `size`."""
+        """This rank's positions in a row of `length` positions, a multiple of `size`."""
         each = length // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def share(self, total: int) -> list[int]:
-        """Where each rank's part of `total` views begins, and the end: as evenly as possible, [size + 1]."""
+        """The bounds [size + 1] of the ranks' parts of `total` views, as equal as possible."""
         return [total * rank // self.size for rank in range(self.size + 1)]
 
     def to_heads(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slices [T / size, heads, d] with all heads -> whole rows [T, heads / size, d], in one
-        exchange.
+        """Slices with all heads -> whole rows with a share of the heads, in one exchange.
 
-        The number of key-value heads may differ from that of the queries; `size` divides both.
+        [T / size, heads, d] -> [T, heads / size, d], for each of the three.
+        The number of key-value heads may differ from that of the queries; `size` must divide both.
         """
         parts = [x.unflatten(1, (self.size, -1)).transpose(0, 1) for x in (query, key, value)]
         heads = [part.shape[2] for part in parts]
@@ -61,11 +60,11 @@ class SequenceGroup:
     def send_tokens(
         self, made: torch.Tensor, wanted: Sequence[torch.Tensor], starts: Sequence[int]
     ) -> torch.Tensor:
-        """Sends entries of a table that is divided among the ranks to the ranks that want them.
+        """Sends entries of a table that is divided among the ranks to the ranks that need them.
 
-        made: [starts[rank + 1] - starts[rank], H], this rank's entries of the table. wanted: for each rank
-        int64 [n] on the CPU, the entries it wants in its order, negative for none. Out: [n, H], zero where
-        negative. All ranks know `wanted` and `starts`, so only entries are sent.
+        made: this rank's entries of the table, [starts[rank + 1] - starts[rank], H]. wanted: for each rank
+        int64 [n] on the CPU, the entries that it needs, in its order; negative for none. Out: [n, H], zero
+        where `wanted` is negative. All ranks have the same `wanted` and `starts`, so only entries are sent.
         """
         bounds = torch.tensor(list(starts[1:-1]), dtype=torch.int64)
         owners = [torch.bucketize(rows, bounds, right=True).where(rows >= 0, -1) for rows in wanted]
@@ -79,26 +78,27 @@ class SequenceGroup:
         return out.index_put((torch.cat(places).to(made.device),), received)
 
     def _exchange_even(self, x: torch.Tensor) -> torch.Tensor:
-        """[size, ...]: part s goes to rank s; out: part s is from rank s."""
+        """Sends part r of x [size, ...] to rank r. Out: [size, ...], of which part r is from rank r."""
         ones = [1] * self.size
         exchanged: torch.Tensor = _AllToAll.apply(x, self.group, ones, ones)
         return exchanged
 
 
 class _AllToAll(torch.autograd.Function):
-    """Exchanges along the first dimension: `sent[r]` entries go to rank r, `received[r]` come from it."""
+    """Exchanges entries along the first dimension: sent[r] go to rank r, and received[r] come from it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any, sent: list[int], received: list[int]) -> torch.Tensor:
         ctx.group, ctx.sent, ctx.received = group, sent, received
-        return _all_to_all(x, group, sent, received)
+        return _all_to_all(x, group, sent=sent, received=received)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.group, ctx.received, ctx.sent), None, None, None
+        back = _all_to_all(grads[0], ctx.group, sent=ctx.received, received=ctx.sent)
+        return back, None, None, None
 
 
-def _all_to_all(x: torch.Tensor, group: Any, sent: list[int], received: list[int]) -> torch.Tensor:
+def _all_to_all(x: torch.Tensor, group: Any, *, sent: list[int], received: list[int]) -> torch.Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
     return out

@@ -203,7 +203,7 @@ def test_with_none_but_damaged_checkpoints_the_user_decides(run: Run, tmp_path: 
     assert find_resume(tmp_path / "nothing yet", run.mesh) is None
     run.saver(tmp_path).save(Progress(step=3))
     damage(tmp_path / "step-000003", "one bit")
-    with pytest.raises(BadInputError, match=r"step-000003.*does not hold what was written.*no other"):
+    with pytest.raises(BadInputError, match=r"step-000003.*differs from what was written.*no other"):
         find_resume(tmp_path, run.mesh)
 
 
@@ -307,7 +307,7 @@ def test_a_slow_disk_fails_the_save_and_the_next_one_waits_for_it(
     saver.save(Progress(step=1), wait=True)
     assert saver.failures == 1 and "within checkpoint.timeout_s=0.5 s" in caplog.text
     saver.save(Progress(step=2))
-    assert saver.failures == 2 and "rank 0 is still writing the one before" in caplog.text
+    assert saver.failures == 2 and "rank 0 is still writing the previous checkpoint" in caplog.text
     time.sleep(2.0)
     monkeypatch.setattr(saving, "write_tensors", write)
     assert saver.save_surely(Progress(step=3)) is None
@@ -368,7 +368,7 @@ def test_frozen_weights_that_outweigh_the_rest_stay_in_their_model_directory(
         with pytest.raises(BadInputError, match="other frozen weights"):
             load(run.engine, target, run.mesh)
         shutil.rmtree(pretrained)
-        with pytest.raises(BadInputError, match="its frozen weights are those of"):
+        with pytest.raises(BadInputError, match="the frozen ones are those of"):
             dict(checkpoint.read_tensors(target))
     finally:
         run.engine.optimizer.fp16_groups = groups

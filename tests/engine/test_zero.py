@@ -28,7 +28,14 @@ def ranks(tmp_path_factory) -> Path:
     wide = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "type": "su"}
     big = tiny_config(hidden_size=512, intermediate_size=1536, num_hidden_layers=10, rope_scaling=wide)
     for name, config in (("big", big), ("tiny", tiny_config())):
-        init_random_checkpoint(config, directory / name, 3, torch.float32, 4, directory / "tokenizer")
+        init_random_checkpoint(
+            config,
+            directory / name,
+            3,
+            dtype=torch.float32,
+            num_crops=4,
+            tokenizer_dir=directory / "tokenizer",
+        )
     rows = [
         pack([make_document(1, 20, ((1, 2), (2, 2))), make_document(2, 70)]),
         pack([make_document(3, 30), make_document(4, 90)], pad=5),

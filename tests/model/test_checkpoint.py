@@ -37,7 +37,9 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny, tokenizer_dir) -> Path:
     directory = tmp_path_factory.mktemp("hub") / "model"
-    init_random_checkpoint(tiny.config(), directory, 7, torch.float32, 4, tokenizer_dir)
+    init_random_checkpoint(
+        tiny.config(), directory, 7, dtype=torch.float32, num_crops=4, tokenizer_dir=tokenizer_dir
+    )
     return directory
 
 
@@ -86,7 +88,12 @@ def test_golden_weights_survive_a_round_trip(tmp_path, tokenizer_dir) -> None:
     )
     stored = load_file(GOLDEN / "model/model.safetensors")
     write_hub_directory(
-        tmp_path / "out", config, stored.items(), torch.float32, 50_000, 16, tokenizer_dir=tokenizer_dir
+        tmp_path / "out",
+        config,
+        stored.items(),
+        dtype=torch.float32,
+        max_shard_bytes=50_000,
+        tokenizer_dir=tokenizer_dir,
     )
     state = Phi3VForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(state[name], stored[name]) for name in stored) and set(state) == set(stored)
@@ -100,7 +107,14 @@ def test_golden_weights_survive_a_round_trip(tmp_path, tokenizer_dir) -> None:
 
 def test_random_checkpoints_follow_the_seed(tiny, tmp_path, tokenizer_dir, checkpoint) -> None:
     for name, seed in (("same", 7), ("other", 8)):
-        init_random_checkpoint(tiny.config(), tmp_path / name, seed, torch.float32, 4, tokenizer_dir)
+        init_random_checkpoint(
+            tiny.config(),
+            tmp_path / name,
+            seed,
+            dtype=torch.float32,
+            num_crops=4,
+            tokenizer_dir=tokenizer_dir,
+        )
     first, same, other = (
         load_file(d / "model.safetensors") for d in (checkpoint, tmp_path / "same", tmp_path / "other")
     )
@@ -114,12 +128,12 @@ def test_random_checkpoints_follow_the_seed(tiny, tmp_path, tokenizer_dir, check
 
 def test_bf16_checkpoint_in_a_directory_that_holds_the_tokenizer(tiny, tmp_path, tokenizer_dir) -> None:
     shutil.copytree(tokenizer_dir, tmp_path / "model")
-    init_random_checkpoint(tiny.config(), tmp_path / "model", 1, torch.bfloat16)
+    init_random_checkpoint(tiny.config(), tmp_path / "model", 1, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "model/model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "model/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == torch.bfloat16
     with pytest.raises(BadInputError, match="holds a model already"):
-        init_random_checkpoint(tiny.config(), tmp_path / "model", 1, torch.bfloat16)
+        init_random_checkpoint(tiny.config(), tmp_path / "model", 1, dtype=torch.bfloat16)
 
 
 def test_others_may_read_the_weights(checkpoint) -> None:
@@ -281,7 +295,7 @@ def test_incomplete_export_leaves_nothing_behind(tiny, tmp_path, tokenizer_dir) 
     ):
         with pytest.raises(BadInputError, match=says):
             write_hub_directory(
-                tmp_path / "out", tiny.config(), given, torch.float32, tokenizer_dir=tokenizer_dir
+                tmp_path / "out", tiny.config(), given, dtype=torch.float32, tokenizer_dir=tokenizer_dir
             )
         assert not list(tmp_path.iterdir())
 

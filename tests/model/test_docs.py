@@ -23,7 +23,14 @@ def names(tiny, tmp_path_factory) -> dict:
         directory / "shoe.jpg"
     )
     train_tokenizer(["What is shown?"] * 3, directory / "tokenizer", 140)
-    init_random_checkpoint(tiny.config(), directory / "model", 1, torch.bfloat16, 4, directory / "tokenizer")
+    init_random_checkpoint(
+        tiny.config(),
+        directory / "model",
+        1,
+        dtype=torch.bfloat16,
+        num_crops=4,
+        tokenizer_dir=directory / "tokenizer",
+    )
     code = EXAMPLES[0].replace("/models/Phi-3-vision-128k-instruct", str(directory / "model"))
     names: dict = {}
     exec(code.replace("shoe.jpg", str(directory / "shoe.jpg")), names)

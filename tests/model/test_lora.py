@@ -57,7 +57,11 @@ def test_learns_merges_and_exports(tiny, tmp_path, parts) -> None:
     assert changed == targets
     train_tokenizer(["a b c"], tmp_path / "tokenizer", 40)
     write_hub_directory(
-        tmp_path / "out", merged.config, state.items(), torch.float32, tokenizer_dir=tmp_path / "tokenizer"
+        tmp_path / "out",
+        merged.config,
+        state.items(),
+        dtype=torch.float32,
+        tokenizer_dir=tmp_path / "tokenizer",
     )
     assert set(load_file(tmp_path / "out/model.safetensors")) == set(before)
     with torch.no_grad():

@@ -43,7 +43,7 @@ def test_compute_is_proportional_to_real_crops(tiny) -> None:
             vision.img_processor.vision_model(normalise(torch.cat([tiles, tiles[:1]])))
             alone = counter.get_total_flops()
         with FlopCounterMode(display=False) as counter:
-            vectors = vision(tiles, None, torch.tensor([[rows, cols]]), 1)
+            vectors = vision(tiles, None, torch.tensor([[rows, cols]]), calls=1)
         assert len(vectors) == image_token_count(rows, cols, 4)
         spent[rows, cols] = alone / (rows * cols + 1)
         tokens = 16 * (rows * cols + 1) + 2  # the two separators are projected once
@@ -125,11 +125,11 @@ def test_inputs_that_do_not_fit_together_are_refused(tiny) -> None:
             {**good, "input_ids": text["input_ids"], "labels": None, "attention_mask": None},
             "no image position",
         ),
-        ({**good, "image_sizes": torch.tensor([[112, 112]])}, "image positions but the pictures have"),
+        ({**good, "image_sizes": torch.tensor([[112, 112]])}, "image positions but the images have"),
         ({**good, "image_sizes": torch.tensor([[1120, 1120]])}, "do not fit pixel_values"),
         (
             {**good, "pixel_values": good["pixel_values"][..., :56]},
-            r"expected \[pictures, views, 3, 112, 112\]",
+            r"expected \[images, views, 3, 112, 112\]",
         ),
     ]
     for inputs, says in wrong:

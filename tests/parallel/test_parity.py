@@ -62,7 +62,9 @@ def directory(tmp_path_factory) -> Path:
     }
     for name, change in changes.items():
         config = tiny_config(initializer_range=0.06, **change)
-        init_random_checkpoint(config, made / name, 3, torch.float32, 4, made / "tokenizer")
+        init_random_checkpoint(
+            config, made / name, 3, dtype=torch.float32, num_crops=4, tokenizer_dir=made / "tokenizer"
+        )
     torch.save(make_rows(), made / "rows.pt")
     torch.save(short_rows(), made / "short.pt")
     return made

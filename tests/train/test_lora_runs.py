@@ -57,7 +57,7 @@ def test_adapters_learn_on_two_ranks_as_in_plain_torch(tiny_config: Path) -> Non
 
     # merged: an ordinary model, as transformers loads it
     out = export(source, run_dir / "merged", "float32")
-    assert len(verify(source, out, str(load_config(config).data.path), 2)) == 2
+    assert len(verify(source, out, str(load_config(config).data.path), samples=2)) == 2
     taken = dict(restore(find_source(out), "cpu", torch.float32).model.named_parameters())
     assert all(torch.equal(tensor, merged[name]) for name, tensor in taken.items())
 
@@ -88,7 +88,7 @@ def test_adapters_beside_parts_that_learn_in_full(tiny_config: Path) -> None:
     assert list(logged(run_dir, "train/loss").values()) == pytest.approx(
         plain_losses(config, run_dir / "init"), rel=2e-5
     )
-    with pytest.raises(BadInputError, match="weights have learnt in full beside the adapters"):
+    with pytest.raises(BadInputError, match="weights were trained beside the adapters"):
         export_adapter(find_source(run_dir), run_dir / "adapter")
     meta = checkpoint.read_meta(find_source(run_dir).directory)
     learnt = [name for name, entry in meta.parameters.items() if not entry.frozen]

@@ -143,7 +143,7 @@ def test_the_export_holds_what_was_learnt_under_the_official_names(trained: Trai
     with pytest.raises(BadInputError, match="is not an empty directory"):
         export(find_source(trained.run_dir), out)
     data = str(load_config(trained.config).data.path)
-    assert len(verify(find_source(trained.run_dir), out, data, 2)) == 2
+    assert len(verify(find_source(trained.run_dir), out, data, samples=2)) == 2
     assert "| exact_match |" in (out / "README.md").read_text()
 
 
