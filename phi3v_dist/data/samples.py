@@ -41,6 +41,7 @@ class Samples:
         roots: Sequence[str],
         shards: Sequence[dict[str, ShardInfo]],
         table: pa.Table | None = None,
+        *,
         file: Path | None = None,
     ) -> None:
         self.roots, self.shards, self.file = tuple(roots), tuple(shards), file

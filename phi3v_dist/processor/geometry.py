@@ -116,7 +116,7 @@ class SampleShape:
 
         Raises BadInputError as `hd_grid` and `tile_side_tokens`.
         """
-        images = [_image_shape(width, height, num_crops, tile) for width, height in sizes]
+        images = [_image_shape(width, height, num_crops, tile=tile) for width, height in sizes]
         return cls(tuple([grid for grid, _ in images]), tuple([tokens for _, tokens in images]))
 
     @property
@@ -136,7 +136,7 @@ class SampleShape:
 
 # Counting tokens asks for the same few sizes over and over; the cache makes that four times faster.
 @lru_cache(maxsize=16_384)
-def _image_shape(width: int, height: int, num_crops: int, tile: int) -> tuple[HDGrid, int]:
+def _image_shape(width: int, height: int, num_crops: int, *, tile: int) -> tuple[HDGrid, int]:
     """The grid of an image, and its number of tokens."""
     grid = hd_grid(width, height, num_crops, tile=tile)
     return grid, image_token_count(grid.rows, grid.cols, tile_side_tokens(tile))

@@ -179,7 +179,7 @@ def test_a_mixture_keeps_its_proportions_and_uses_every_sample_before_any_again(
     assert epoch_draws(layout, usable) == [250, 750]
     used = np.zeros(1000, int)
     for epoch in range(4):
-        big, small = epoch_samples(layout, usable, 5, epoch, True)
+        big, small = epoch_samples(layout, usable, 5, epoch=epoch, shuffle=True)
         assert len(big) == 250 and len(small) == 750 and big.max() < 900 <= small.min()
         used += np.bincount(np.concatenate([big, small]), minlength=1000)
     assert sorted(np.unique(used[:900])) == [1, 2] and used[:900].sum() == 1000
