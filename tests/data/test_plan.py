@@ -106,7 +106,7 @@ def test_the_documents_of_the_last_step_are_dealt_out_to_all_of_its_rows() -> No
     assert cost.max() <= max(1.3 * cost.mean(), largest), "no row holds two where another holds none"
     half = made.end_row(1.5)
     assert end < half < end + len(made.epoch(1))
-    # a run that is made longer goes on with the first row that was not taken
+    # a run that is made longer continues with the first row that was not taken
     assert made.steps_between(end, made.end_row(2)) == -(-len(made.epoch(1)) // 16)
 
 
@@ -134,7 +134,7 @@ def test_ranks_of_a_micro_step_make_the_same_vision_calls_and_similar_work() -> 
     assert all(cost[micro].min() >= cost[later].max() for micro, later in zip(dealt, dealt[1:], strict=False))
 
 
-def test_over_long_samples_are_dropped_aloud_or_refused() -> None:
+def test_over_long_samples_are_dropped_or_refused() -> None:
     with pytest.raises(
         BadInputError, match=r"of 500 samples are longer than data.seq_len=200 \(longest: 2\d\d\)"
     ):
@@ -243,7 +243,7 @@ def test_the_work_of_a_row_follows_the_flops_of_the_published_model() -> None:
     rows = [[0], [0, 0, 0], [1], [2], [3]]
     flops = []
     for row in rows:
-        views = int(sum(made.tiles[n] + made.pictures[n] for n in row))
+        views = int(sum(made.tiles[n] + made.images[n] for n in row))
         shape = RowShape([int(made.tokens[n]) for n in row], views, targets=0)
         flops.append(row_flops(run, Phi3VConfig(), shape).model)
     work = np.array([row_cost(made, np.array(row)) for row in rows])
