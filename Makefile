@@ -34,7 +34,7 @@ check: $(READY)
 	$(BIN)/shellcheck $$(git ls-files '*.sh') .ci/run
 
 docs: $(READY)
-	$(BIN)/python -m launch.reference docs/config.md
+	$(BIN)/python -m launch.cli.reference docs/config.md
 	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 bench: $(READY)

@@ -61,10 +61,12 @@ def positional(function: Function) -> list[ast.arg]:
 
 
 def is_command(function: Function) -> bool:
-    """Whether typer calls it, always by keyword: @app.command(...), @shards.command(...)."""
-    return any(
-        isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr == "command"
-        for each in function.decorator_list
+    """Whether typer calls it, always by keyword: every parameter is an Annotated option, or one of the two
+    types that launch/cli/arguments.py makes of them.
+    """
+    types = [ast.unparse(each.annotation) if each.annotation else "" for each in parameters(function)]
+    return bool(types) and all(
+        each in ("Config", "Overrides") or each.startswith("Annotated[") for each in types
     )
 
 

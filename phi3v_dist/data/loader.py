@@ -266,14 +266,27 @@ def load_rows(
     finally:
         stop.set()
         feeder.join(_CLOSING_S)
-        started: Any = iterator._workers  # type: ignore[attr-defined]
-        # They ignore SIGTERM, so a worker must be killed if its read never ends, or if it waits for a lock
-        # whose holder, another worker, has died.
-        if feeder.is_alive() or any(worker.exitcode for worker in started):
-            for worker in started:
-                worker.kill()
-            feeder.join()
-        del iterator
+        _end_workers(iterator, feeder)
+
+
+def _end_workers(iterator: Any, feeder: threading.Thread) -> None:
+    """Ends the workers of a DataLoader's iterator (torch 2.13), however busy they are.
+
+    Not left to the iterator's own end: the traceback of an exception may keep it alive until the process
+    ends, which would then wait for ever for workers that ignore SIGTERM.
+    """
+    workers = iterator._workers
+    # A worker must be killed if its read never ends, or if it waits for a lock whose holder, another worker,
+    # has died.
+    if feeder.is_alive() or any(worker.exitcode for worker in workers):
+        for worker in workers:
+            worker.kill()
+        feeder.join()
+    iterator._shutdown_workers()  # waits 5 s for each
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 def _feed(

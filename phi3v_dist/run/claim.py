@@ -157,9 +157,8 @@ def _check_same(run_dir: Path, config: RunConfig, data_fingerprint: str, *, befo
         )
     for key in changed:
         level = logging.WARNING if key.startswith(_MAY_CHANGE_WITH_WARNING) else logging.INFO
-        _log.log(
-            level, "%s: resumes with another %s: was %s, now %s", run_dir, key, was.get(key), now.get(key)
-        )
+        change = f"was {was.get(key)}, now {now.get(key)}"
+        _log.log(level, "%s: resumes with another %s: %s", run_dir, key, change)
 
 
 def _weights(config: dict[str, Any]) -> list[float | None] | None:

@@ -87,7 +87,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def build(config: RunConfig, mesh: Mesh, run: Run, ready: Ready) -> Iterator[Job]:
+def build(config: RunConfig, mesh: Mesh, run: Run, *, ready: Ready) -> Iterator[Job]:
     """Loads the weights, resumes, and starts what works beside the loop; closes all of it at the end.
 
     Raises BadInputError on every rank for a checkpoint or weights that cannot be used, LostRankError in place

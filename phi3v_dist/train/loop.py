@@ -40,7 +40,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         ready = prepare(config, mesh, run)
         if ready.nothing_left:
             return ready.progress
-        with build(config, mesh, run, ready) as job:
+        with build(config, mesh, run, ready=ready) as job:
             return loop(job)
 
 

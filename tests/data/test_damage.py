@@ -1,6 +1,7 @@
 """Storage that misbehaves: shards damaged, gone, replaced; workers killed; copies on the node."""
 
 import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -196,8 +197,11 @@ def test_an_error_in_a_worker_arrives_with_its_traceback(copy: Path, tokenizer: 
     mine = RankRows(
         plan_of(maker(copy, tokenizer)), dp_rank=0, dp_size=1, vision_chunk=16, first_row=0, steps=2
     )
-    with pytest.raises(BadInputError, match="(?s)Traceback.*hd_grid.*num_crops is 0"):
+    before = {child.pid for child in multiprocessing.active_children()}
+    with pytest.raises(BadInputError, match="(?s)Traceback.*hd_grid.*num_crops is 0") as caught:
         list(load_rows(made, mine, 1, prefetch=1, timeout_s=60))
+    # While somebody holds the exception: Python would wait for ever at its exit for a worker that is left.
+    assert caught.value and {child.pid for child in multiprocessing.active_children()} <= before
 
 
 def test_a_worker_that_is_stuck_ends_the_run(copy: Path, tokenizer: Any) -> None:
