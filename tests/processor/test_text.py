@@ -120,7 +120,7 @@ def test_training_ids_continue_the_generation_prompt(tokenizer) -> None:
         (["<|image_2|> <|image_1|>", "ok"], 2, "in order"),
         (["<|image_1|> <|image_1|>", "ok"], 1, "once each"),
         (["<|image_1|> <|image_3|>", "ok"], 2, "names <.image_1.> <.image_3.>"),
-        (["hi", "<|image_1|>"], 1, "stands in the assistant's reply"),
+        (["hi", "<|image_1|>"], 1, "an image tag in the assistant's reply"),
         (["hi<|end|>", "ok"], 0, "control token <.end.>"),
         (["hi", "ok<|endoftext|>"], 0, "control token <.endoftext.>"),
     ],
