@@ -1,12 +1,12 @@
-"""A run is killed with kill -9 at random moments; the same command must bring it back as if nothing had been.
+"""A run is killed with SIGKILL at random moments; the same command must then finish it with the same result.
 
     python benchmarks/chaos.py [--kills 30] [--seed 0] [--ranks 2] [--json PATH]
 
-A tiny model trains on CPU ranks in float32, under `phi3v launch local`. For every kill a new run of the same
-config is started and, at a random moment, one of these dies: a rank, a rank while a checkpoint is written,
-the launcher, or everything at once. Then the command is given again. Counted as survived: it ends with 0, its
-last weights are bit for bit those of the run that nobody disturbed, no line of metrics is missing, double or
-different, and no process is left. The peer in the same run is that undisturbed run. Exit 1 if any is lost.
+A tiny model trains on CPU ranks in float32, under `phi3v launch local`. For every kill, a new run of the same
+config is started, and at a random moment one of these is killed: a rank, a rank while a checkpoint is
+written, the launcher, or all processes at once. Then the command is started again. The run has survived if
+the command ends with 0, the last weights are bit for bit those of an undisturbed run, no line of metrics is
+missing, repeated or different, and no process is left. Exits 1 if a run has not survived.
 """
 
 import argparse
@@ -41,8 +41,8 @@ LIMIT_S = 420.0
 
 @dataclass(frozen=True)
 class Trial:
-    """What was done to one run and what became of it. killed: processes; none of a run that had ended before.
-    fault: None if it survived.
+    """How one run was killed, and the result. killed: number of processes; 0 if the run had ended before.
+    fault: what is wrong; None if the run has survived.
     """
 
     number: int
@@ -55,7 +55,7 @@ class Trial:
 
 
 def tiny_run(work: Path) -> Path:
-    """A config of a run that takes seconds, and its data; the file."""
+    """Makes the data and the config of a run that takes seconds; returns the path of the config."""
     make_catalogue(work / "catalogue", 60, seed=1)
     options = BuildOptions(group_by="product_code", shard_samples=25)
     build(str(work / "catalogue/products.csv"), str(work / "shards"), options)
@@ -72,8 +72,8 @@ def tiny_run(work: Path) -> Path:
 
 
 def start(config: Path, name: str, ranks: int) -> subprocess.Popen[bytes]:
-    """`phi3v launch local` of the run `name`; its output goes beside the config."""
-    command = [sys.executable, "-m", "launch.cli.main", "launch", "local", str(config)]
+    """Starts `phi3v launch local` for the run `name`. Its output goes to a log beside the config."""
+    command = [sys.executable, "-m", "launch.cli", "launch", "local", str(config)]
     command += ["--processes", str(ranks), f"name={name}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with (config.parent / f"{name}.log").open("ab") as log:
@@ -83,7 +83,7 @@ def start(config: Path, name: str, ranks: int) -> subprocess.Popen[bytes]:
 
 
 def processes_of(config: Path, name: str, word: str = "", but: str | None = None) -> list[psutil.Process]:
-    """The processes of this run of this config, with `word` and without `but` on their command lines."""
+    """The processes of this run of this config whose command line has `word` and does not have `but`."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
@@ -94,7 +94,7 @@ def processes_of(config: Path, name: str, word: str = "", but: str | None = None
 
 
 def kill(processes: list[psutil.Process]) -> int:
-    """How many of them were still there to be killed."""
+    """Kills the processes; returns how many of them were still running."""
     killed = 0
     for process in processes:
         try:
@@ -108,8 +108,8 @@ def kill(processes: list[psutil.Process]) -> int:
 def disturb(
     kind: str, delay_s: float, chance: random.Random, config: Path, name: str, run_dir: Path, run: Any
 ) -> int:
-    """Waits for the moment, then kills; returns how many processes, 0 for a run that had ended by then. A
-    rank can only be killed once there is one.
+    """Waits for the moment, then kills. Returns the number of killed processes; 0 if the run had ended. A
+    rank is killed as soon as one is running.
     """
     began = time.monotonic()
     if kind == "rank in a save":
@@ -139,20 +139,20 @@ def disturb(
 
 
 def losses(run_dir: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every line, twice if it was written twice."""
+    """(step, loss) of every line of metrics.jsonl; a repeated line is there twice."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["train/global_step"], line["train/loss"]) for line in lines if "train/loss" in line]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Of the last step."""
+    """The weights of the last step."""
     newest = checkpoint.newest(run_dir / "checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == STEPS, f"no last checkpoint in {run_dir}"
     return dict(checkpoint.read_tensors(newest))
 
 
 def fault_of(config: Path, name: str, ranks: int, straight: Path) -> str | None:
-    """Gives the command again; what is wrong afterwards, None if nothing."""
+    """Starts the command again. Returns what is wrong afterwards; None if nothing."""
     run_dir = straight.parent / name
     again = start(config, name, ranks)
     try:
@@ -176,7 +176,7 @@ def fault_of(config: Path, name: str, ranks: int, straight: Path) -> str | None:
 
 
 def trial(number: int, config: Path, ranks: int, straight: Path, length_s: float, seed: int) -> Trial:
-    """Starts, kills, starts again. length_s: how long an undisturbed run takes."""
+    """Starts a run, kills it and starts it again. length_s: seconds of an undisturbed run."""
     chance = random.Random(f"{seed} {number}")
     kind, name, began = KINDS[number % len(KINDS)], f"chaos-{number:03d}", time.monotonic()
     run = start(config, name, ranks)
@@ -219,7 +219,7 @@ def main() -> int:
             number = next(numbers)
             last = trial(number, config, options.ranks, work / "runs/straight", length_s, options.seed)
             if not last.killed and last.fault is None:
-                print(f"{number:3d} {last.kind:15} had ended before; drawn again")
+                print(f"{number:3d} {last.kind:15} had ended before; tried again")
                 continue
             trials.append(last)
             print(

@@ -1,11 +1,10 @@
-"""How long a save holds up training: checkpoint.async against waiting for the disk, at 200 million
-parameters.
+"""How long a save stops training: checkpoint.async against waiting for the disk, at 200 million parameters.
 
     python benchmarks/checkpoint.py [--rounds 3] [--folder DIR] [--json PATH]
 
-One rank, a ZeRO-3 engine of this architecture with Adam's moments (12 bytes a parameter). In turns, both ways
-save the same state to the same disk. Held up is the time until `Saver.save` returns and training may change
-the state again; while the other way writes in the background, nothing else is measured. Medians.
+One rank, a ZeRO-3 engine of this architecture with Adam's moments (12 bytes a parameter). The two ways
+take turns to save the same state to the same disk. Measured is the time until `Saver.save` returns and
+training may change the state again. A write in the background ends before the next measurement. Medians.
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     python benchmarks/evaluate.py [--ranks 2] [--samples 8] [--tokens 64] [--json PATH]
 
-The model of configs/tiny.yaml with its first weights answers drawn products on real ranks over gloo. Ours: a
-whole copy is gathered from the partitioned engine (counted), then each rank answers its share in batches. The
-naive peer: generate() on the partitioned model, one question at a time as the published processor makes them.
-The other peer: the same with our batches, which leaves the gathering alone as the difference. The answers are
-the same (checked); rounds alternate, one thread a rank; medians.
+The model of configs/tiny.yaml with its initial weights answers questions about generated products, on ranks
+that communicate over gloo. Ours: a complete copy is gathered from the partitioned engine (this time is
+counted), then each rank answers its share in batches. First peer: generate() on the partitioned model, one
+question at a time, as the published processor makes them. Second peer: the same in batches, so that only the
+gathering differs. The script checks that all answers are equal. One thread per rank; the ways take turns;
+medians.
 """
 
 import argparse
@@ -27,7 +28,7 @@ BAR = 5.0
 
 
 def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
-    """One rank; rank 0 prints the seconds of each round: ours, naive, batched."""
+    """Runs on every rank. Rank 0 prints the seconds of each round: ours, first peer, second peer."""
     import torch
 
     from phi3v_dist.checkpoint.restore import Restored, find_source, restore_partitioned
@@ -70,7 +71,7 @@ def rank(folder: Path, samples: int, tokens: int, rounds: int) -> None:
 
 
 def main() -> int:
-    """Measures both; the exit status."""
+    """Measures all ways. Returns the exit status."""
     parser = argparse.ArgumentParser(description="generation under ZeRO-3")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--samples", type=int, default=8)

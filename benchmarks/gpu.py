@@ -1,13 +1,13 @@
 """The full-size model on one GPU: longest row that trains with each memory feature, step time, tokens/s, MFU
 and peak memory against `phi3v estimate`, at 4K to 128K.
 
-    python benchmarks/gpu.py --out docs/benchmarks            one GPU; it starts nothing new after 7 minutes
-    python benchmarks/gpu.py --tiny --lengths 256 512         the same code at tiny size on the CPU, to try it
+    python benchmarks/gpu.py --out docs/benchmarks            one GPU; no new measurement after 7 minutes
+    python benchmarks/gpu.py --tiny --lengths 256 512         the same code at tiny size on a CPU, as a test
 
-Weights are random, rows are synthetic: square pictures at num_crops 16 with 120 tokens of text each, 40 of
-them learnt. Every row runs the project's own path: ZeRO-3 engine, packed row, chunked loss, checkpointing.
-A length that does not fit is recorded as such, and so are settings that cannot fit by the estimate, which are
-not tried. Writes gpu-NAME.json and gpu-NAME.md.
+Weights are random, rows are synthetic: square images at num_crops 16 with 120 tokens of text each, 40 of
+them targets. Every row takes the path of training: ZeRO-3 engine, packed row, chunked loss, checkpointing.
+The result says which lengths do not fit; settings that cannot fit by the estimate are not tried. Writes
+gpu-NAME.json and gpu-NAME.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# Run as a script, this folder comes first on the path, and its shards.py would hide the package.
+# When this runs as a script, its folder is first on the path, and shards.py there would hide the package.
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
 
 from phi3v_dist.budget.flops import peak_tflops, row_flops, shape_of
@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def synthetic_row(config: Phi3VConfig, length: int, num_crops: int, chunk: int) -> PackedRow:
-    """Documents of one picture and TEXT tokens until `length` is full; the last one has text alone."""
+    """Documents of one image and TEXT tokens until `length` is full; the last one has text alone."""
     rng = np.random.default_rng(length)
     grid = hd_grid(1000, 1000, num_crops, tile=config.tile)
     image = image_token_count(grid.rows, grid.cols, tile_side_tokens(config.tile))
@@ -69,21 +69,21 @@ def synthetic_row(config: Phi3VConfig, length: int, num_crops: int, chunk: int) 
         grids = [(grid.rows, grid.cols)] if with_image else []
         documents.append(Document(ids, labels[-tokens:], tiles, grids))
         left -= tokens
-    pictures = sum(len(d.grids) for d in documents)
-    calls = vision_calls_needed(sum(len(d.tiles) for d in documents), pictures, chunk)
+    num_images = sum(len(d.grids) for d in documents)
+    calls = vision_calls_needed(sum(len(d.tiles) for d in documents), num_images, chunk)
     return collate(documents, 0, config.tile, vision_calls=calls)
 
 
 def measure(engine: Any, config: Phi3VConfig, run: RunConfig, length: int, steps: int) -> dict[str, Any]:
-    """Steps of one row of `length`: seconds and peak bytes, or why it does not fit."""
+    """Trains steps on one row of `length` tokens: seconds and peak memory, or that it does not fit."""
     device = engine.device
     cuda = device.type == "cuda"
     row = synthetic_row(config, length, run.data.num_crops, run.model.vision_chunk).to(device)
     views = len(row.tiles) + len(row.grids)
     expected = estimate_row(run, config, length, row.num_targets, (len(row.grids), views))
-    facts = {
+    facts: dict[str, Any] = {
         "tokens": len(row.input_ids),
-        "pictures": len(row.grids),
+        "images": len(row.grids),
         "views": views,
         "estimate_gb": expected.without_reserve / 1e9,
         "busiest": expected.busiest,
@@ -123,23 +123,23 @@ def measure(engine: Any, config: Phi3VConfig, run: RunConfig, length: int, steps
 
 
 def estimate_row(
-    run: RunConfig, config: Phi3VConfig, length: int, targets: int | None, pictures: tuple[int, int] | None
+    run: RunConfig, config: Phi3VConfig, length: int, targets: int | None, images: tuple[int, int] | None
 ) -> Estimate:
     """The estimate for a row of `length`."""
     longer = run.model_copy(update={"data": run.data.model_copy(update={"seq_len": length})})
-    return estimate(longer, config, 1, targets=targets, images=pictures, cuda=torch.cuda.is_available())
+    return estimate(longer, config, 1, targets=targets, images=images, cuda=torch.cuda.is_available())
 
 
 def try_settings(
     mesh: Mesh, config: Phi3VConfig, run: RunConfig, name: str, lengths: list[int], steps: int, stop_at: float
 ) -> list[dict[str, Any]]:
-    """One engine, all lengths until one does not fit or the time is up (time.monotonic())."""
+    """One engine, all lengths until one does not fit. stop_at: time.monotonic() of the last start."""
     gpu = torch.cuda.mem_get_info()[1] if mesh.device.type == "cuda" else None
     first = estimate_row(run, config, lengths[0], None, None)
     if gpu is not None and first.without_reserve > gpu:
         return [
             {
-                "settings": name, "tokens": lengths[0], "pictures": 0, "fits": False,
+                "settings": name, "tokens": lengths[0], "images": 0, "fits": False,
                 "estimate_gb": first.without_reserve / 1e9, "tried": False,
             }
         ]  # fmt: skip
@@ -168,7 +168,7 @@ def try_settings(
 
 
 def model_config(tiny: bool) -> Phi3VConfig:
-    """The published sizes, or a model to try the script with."""
+    """The published sizes, or a tiny model to test the script with."""
     if not tiny:
         factors = {"short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)], "type": "su"}
         return Phi3VConfig(rope_scaling=factors)
@@ -185,20 +185,20 @@ def model_config(tiny: bool) -> Phi3VConfig:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The page that is kept in docs/benchmarks."""
+    """The page for docs/benchmarks."""
     lines = [
         f"# One GPU, full-size model: {result['device']}",
         "",
         f"{result['date']}, torch {result['torch']}. Command: `{result['command']}`.",
         "",
-        "| settings | tokens | pictures | s/step | tokens/s | MFU | peak GB | estimate GB |",
+        "| settings | tokens | images | s/step | tokens/s | MFU | peak GB | estimate GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in result["runs"]:
-        start = f"| {run['settings']} | {run['tokens']:,} | {run['pictures']} "
+        start = f"| {run['settings']} | {run['tokens']:,} | {run['images']} "
         if not run["fits"]:
-            said = "out of memory" if run["tried"] else "cannot fit, not tried"
-            lines.append(f"{start}| {said} | | | | {run['estimate_gb']:.1f} |")
+            outcome = "out of memory" if run["tried"] else "cannot fit, not tried"
+            lines.append(f"{start}| {outcome} | | | | {run['estimate_gb']:.1f} |")
             continue
         mfu = "" if run["mfu"] is None else f"{run['mfu']:.1%}"
         peak = "" if run["peak_allocated_gb"] is None else f"{run['peak_allocated_gb']:.1f}"
@@ -210,7 +210,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def run_config(num_crops: int, **parallel: Any) -> RunConfig:
-    """One row a step; parallel: what is tried."""
+    """The configuration of one row per step. parallel: the settings to measure."""
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return RunConfig.model_validate(
         {
@@ -231,7 +231,9 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=[*SETTINGS], default=[*SETTINGS])
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--num-crops", type=int, default=16)
-    parser.add_argument("--limit", type=float, default=420, help="seconds after which nothing new is started")
+    parser.add_argument(
+        "--limit", type=float, default=420, help="seconds after which no new measurement starts"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, also without a GPU")
     parser.add_argument("--out", type=Path, help="directory for the JSON and the table")
     options = parser.parse_args()

@@ -2,11 +2,11 @@
 
     python benchmarks/image_processor.py [--num-crops 16] [--repeat 30]
 
-Both start from the bytes of a 1200 x 900 JPEG. Ours hands over uint8 tiles and leaves normalising and the
-global view to the device; the published way makes float32 views padded to num_crops + 1. The two are compared
-bit for bit first. Rounds alternate, so that a busy machine slows both; medians are reported, with the cost
-of decoding and resizing alone, which neither can avoid. Exits 1 below 2.5 times the speed or above a quarter
-of the bytes.
+Both start from the bytes of a 1200 x 900 JPEG. Ours returns uint8 tiles and leaves normalisation and the
+global view to the device. The published way makes float32 views, padded to num_crops + 1. First, the script
+checks that both give the same values bit for bit. The ways take turns, so that other load slows both;
+medians. The time of decoding and resizing alone, which no way avoids, is printed too. Exits 1 below 2.5 times
+the speed or above a quarter of the bytes.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def unavoidable(data: bytes, num_crops: int) -> Image.Image:
 
 
 def medians(ways: list[Callable[[], object]], repeat: int) -> list[float]:
-    """Milliseconds of each way, taken in turns. Results live on for a while, as in a loader's queue."""
+    """Median milliseconds of each way; the ways take turns. Results stay in memory for a while, as in the
+    queue of a loader.
+    """
     seconds: list[list[float]] = [[] for _ in ways]
     queues: list[deque[object]] = [deque(maxlen=8) for _ in ways]
     for turn in range(repeat + 2):
@@ -103,7 +105,9 @@ def main() -> int:
     same = torch.cat([global_views(torch.from_numpy(tiles), torch.tensor([[grid.rows, grid.cols]]))])
     assert torch.equal(torch.cat([same, normalise(torch.from_numpy(tiles))]), views[0, : len(tiles) + 1])
 
-    ways = [lambda way=way: way(data, options.num_crops) for way in (published, ours, unavoidable)]
+    ways: list[Callable[[], object]] = [
+        lambda way=way: way(data, options.num_crops) for way in (published, ours, unavoidable)
+    ]
     theirs_ms, ours_ms, floor_ms = medians(ways, options.repeat)
     size = tiles.nbytes / (views.numel() * views.element_size())
     work = f"1200 x 900 JPEG to model-ready tiles, num_crops {options.num_crops}, one core"

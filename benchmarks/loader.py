@@ -3,11 +3,11 @@
     python benchmarks/loader.py [--samples 400] [--rounds 3] [--json PATH]
 
 Photos of 1200 x 900 px, num_crops 16, two worker processes each way. Theirs: a webdataset pipeline that
-streams the tars, tokenises, and makes float32 views as the published processor does (restated in
-image_processor.py), in a torch DataLoader. Ours: the plan's packed rows through `load_rows`. Both end with
-tensors a model can eat, in the main process. Then bytes alone: every picture once, ours by ranged reads in
-the plan's shuffled order, theirs one tar after the other; small pictures, warm page cache, one process.
-Rounds alternate, so that a busy machine slows both; medians.
+streams the tars, tokenises, and makes float32 views with the steps of the published processor (see
+image_processor.py), in a torch DataLoader. Ours: the plan's packed rows from `load_rows`. Both end with
+tensors for the model in the main process. The second comparison reads the bytes of every image once and
+decodes nothing: ours by ranged reads in the plan's shuffled order, theirs one tar after the other; small
+images, warm page cache, one process. The ways take turns, so that other load slows both; medians.
 """
 
 import argparse
@@ -46,16 +46,16 @@ IMAGE_TOKENS = image_token_count(GRID.rows, GRID.cols)
 SPEED_BAR, READ_BAR = 2.5, 5.0
 
 
-def dataset(folder: Path, samples: int, pictures: list[bytes]) -> Path:
-    """Shards of `samples` samples that take turns with the pictures; each file has other bytes."""
+def dataset(folder: Path, samples: int, images: list[bytes]) -> Path:
+    """Shards of `samples` samples that use the images in turn; no two files have equal bytes."""
     (folder / "images").mkdir(parents=True)
     lines = ["image,name"]
     for number in range(samples):
-        data = pictures[number % len(pictures)]
+        data = images[number % len(images)]
         comment = b"%012d" % number
         data = data[:2] + b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment + data[2:]
         (folder / f"images/{number:06d}.jpg").write_bytes(data)
-        lines.append(f"images/{number:06d}.jpg,picture number {number} of many")
+        lines.append(f"images/{number:06d}.jpg,image number {number} of many")
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
     options = BuildOptions(
         ("image",), "What is it?", "{name}", decode="none", val_fraction=0.0, shard_samples=200
@@ -65,13 +65,13 @@ def dataset(folder: Path, samples: int, pictures: list[bytes]) -> Path:
 
 
 def opened(root: Path) -> Samples:
-    """As training has them: mapped from a file."""
+    """The samples as in training: mapped from a file."""
     keep_samples(read_samples([str(root)], "train"), root.parent / "samples.arrow")
     return open_samples([str(root)], root.parent / "samples.arrow")
 
 
 class Theirs:
-    """What a webdataset user maps over the samples; a class, so that it travels to the workers."""
+    """What a webdataset user maps over the samples. A class, because the workers receive it by pickle."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -83,7 +83,7 @@ class Theirs:
 
 
 def pipeline(root: Path, tokenizer: Any) -> int:
-    """Samples that came out of it."""
+    """Runs the webdataset pipeline over all shards; returns the number of samples."""
     tars = sorted(str(tar) for tar in root.glob("*.tar"))
     stream = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).map(Theirs(tokenizer))
     loader = DataLoader(stream, batch_size=None, num_workers=WORKERS, multiprocessing_context="forkserver")
@@ -91,7 +91,7 @@ def pipeline(root: Path, tokenizer: Any) -> int:
 
 
 def packed(maker: RowMaker, plan: Plan) -> int:
-    """Our loader, one epoch; the number of samples it gave."""
+    """Runs our loader over one epoch; returns the number of samples."""
     rows = RankRows(
         plan,
         dp_rank=0,
@@ -108,8 +108,7 @@ def throughput(folder: Path, samples: int, rounds: int) -> Comparison:
     """Photos decoded and tiled: our loader against a webdataset pipeline."""
     root = dataset(folder, samples, [photo(1200, 900) for _ in range(4)])
     kept = opened(root)
-    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r.messages), folder / "t", 400)
-    tokenizer = load_tokenizer(folder / "t")
+    tokenizer = _small_tokenizer(folder, kept)
     maker = RowMaker(kept, tokenizer, NUM_CROPS, tile=336)
     costs = sample_costs(kept, Counter(tokenizer, NUM_CROPS, 336))
     plan = Plan(costs, SEQ_LEN, 0, global_batch=4, layout=Layout(kept.shard_numbers(), kept.bounds()))
@@ -122,19 +121,19 @@ def throughput(folder: Path, samples: int, rounds: int) -> Comparison:
                 speeds[place].append(samples / (time.perf_counter() - began))
     ours, theirs = map(statistics.median, speeds)
     return Comparison(
-        f"model-ready pictures, {WORKERS} workers", "webdataset + published steps", ours, theirs, "samples/s",
+        f"model-ready images, {WORKERS} workers", "webdataset + published steps", ours, theirs, "samples/s",
         ours / theirs, f"{SPEED_BAR} or more", ours / theirs >= SPEED_BAR,
     )  # fmt: skip
 
 
 def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
-    """Small pictures, not decoded: reads in the order of the plan against reads of whole tars."""
+    """Small images, not decoded: reads in the order of the plan against reads of whole tars."""
     small = io.BytesIO()
     Image.open(io.BytesIO(photo(1200, 900))).resize((320, 240)).save(small, "JPEG", quality=85)
     root = dataset(folder, samples, [small.getvalue()])
     kept = opened(root)
     order = Plan(
-        sample_costs(kept, Counter(_plain_tokenizer(folder, kept), 1, 336)), 8192, 0, global_batch=4
+        sample_costs(kept, Counter(_small_tokenizer(folder, kept), 1, 336)), 8192, 0, global_batch=4
     ).epoch(0).samples  # fmt: skip
     tars = sorted(str(tar) for tar in root.glob("*.tar"))
 
@@ -154,13 +153,14 @@ def raw_reads(folder: Path, samples: int, rounds: int) -> Comparison:
                 speeds[place].append(samples / (time.perf_counter() - began))
     fast, slow = map(statistics.median, speeds)
     return Comparison(
-        "bytes of a picture, shuffled", "webdataset, one tar after the other", fast, slow, "samples/s",
+        "bytes of an image, shuffled", "webdataset, one tar after the other", fast, slow, "samples/s",
         fast / slow, f"{READ_BAR} or more", fast / slow >= READ_BAR,
     )  # fmt: skip
 
 
-def _plain_tokenizer(folder: Path, kept: Samples) -> Any:
-    train_tokenizer((m["content"] for r in kept.records(range(40)) for m in r.messages), folder / "t", 400)
+def _small_tokenizer(folder: Path, kept: Samples) -> Any:
+    records = kept.records(range(min(40, len(kept))))
+    train_tokenizer((m["content"] for r in records for m in r.messages), folder / "t", 400)
     return load_tokenizer(folder / "t")
 
 

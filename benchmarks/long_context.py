@@ -1,13 +1,13 @@
-"""131,072 tokens on two CPU ranks: what `phi3v estimate` says against resident memory, and how it grows.
+"""131,072 tokens on two CPU ranks: `phi3v estimate` against resident memory, and how memory grows.
 
     python benchmarks/long_context.py [--json PATH] [--lengths 32768 65536 131072] [--features]
 
-Every case is two fresh processes that share a row (parallel.sp=2) of text and pictures at num_crops 16 (64 of
-them at 131,072 tokens), tiles of the tiny model, and train two steps through the project's own path. Measured
-is the highest resident memory of a rank above what it had before the model was built, so that the libraries
-do not flatter the estimate; the same with them is in the JSON. Bars: within 15 % of the estimate, on a line
-from the shortest row to the longest, and no feature changes the loss. On a CPU the host is the device, so
-offload must change nothing in the sum.
+Each case starts two new processes that share a row (parallel.sp=2) of text and images at num_crops 16 (64
+images at 131,072 tokens), with tiles of the tiny model, and train two steps as `phi3v train` does. Measured
+is the highest resident memory of a rank above what it had before the model was built: the memory of the
+libraries, if it counted, would make the estimate look better. Bars: within 15 % of the estimate; memory grows
+in a straight line from the shortest row to the longest; no feature changes the loss. On a CPU the host is the
+device, so offload must not change the sum.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def model_config() -> Phi3VConfig:
 
 
 def run_config(length: int, checkpointing: bool = True, **parallel: Any) -> RunConfig:
-    """Rows of `length` tokens on two ranks that share them."""
+    """The configuration of rows of `length` tokens that two ranks share."""
     return RunConfig.model_validate(
         {
             "name": "long-context",
@@ -85,12 +85,13 @@ def run_config(length: int, checkpointing: bool = True, **parallel: Any) -> RunC
 
 
 def synthetic_row(length: int) -> PackedRow:
-    """Documents of 2,048 tokens, the first of 6,144 (past 4,096); a picture of 16 tiles in each, LEARNT of
-    every 64 tokens of text are targets.
+    """Documents of 2,048 tokens, but the first has 6,144 (more than 4,096). Each has an image of 16 tiles,
+    and LEARNT of every 64 tokens of text are targets.
     """
     rng = np.random.default_rng(length)
     image = image_token_count(4, 4, 4)
-    documents, left = [], length
+    documents: list[Document] = []
+    left = length
     while left:
         tokens = min(left, DOCUMENT if documents else 3 * DOCUMENT)
         ids = rng.integers(10, 500, tokens)
@@ -104,14 +105,14 @@ def synthetic_row(length: int) -> PackedRow:
 
 
 def status(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """A field of /proc/self/status, in bytes."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
 
 
 def worker(case: dict[str, Any]) -> None:
-    """One rank: two steps. Rank 0 writes what all have measured to case["out"]."""
+    """Runs two steps on every rank. Rank 0 writes the results of all ranks to the file case["out"]."""
     config, model_of = run_config(case["length"], **case["settings"]), model_config()
     with open_mesh(600, config.parallel.sp) as mesh:
         prepare_deepspeed(mesh)
@@ -126,16 +127,16 @@ def worker(case: dict[str, Any]) -> None:
         model.sequence = mesh.sequence
         save_memory(model, config)
         engine = make_engine(model, parameter_groups(model, config.train), config, accumulation=1)
-        # A short row first: DeepSpeed and torch load much of themselves at the first step.
+        # A short row first: DeepSpeed and torch load many of their modules at the first step.
         losses = [float(train_step(engine, synthetic_row(1024), mesh))]
         before = status("VmRSS") - lasting(config, model_of)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         for _ in range(2):
             losses.append(train_step(engine, row, mesh))
         ranks = mesh.gather({"before": before, "peak": status("VmHWM")})
         if mesh.is_main:
             facts = {
-                "pictures": len(row.grids),
+                "images": len(row.grids),
                 "targets": row.num_targets,
                 "losses": losses[1:],
                 "ranks": ranks,
@@ -145,7 +146,7 @@ def worker(case: dict[str, Any]) -> None:
 
 
 def train_step(engine: Any, row: PackedRow, mesh: Mesh) -> float:
-    """The loss before the step."""
+    """Trains one step; returns the loss before it."""
     loss = engine(row=row)
     engine.backward(loss * (mesh.size / row.num_targets))
     engine.step()
@@ -153,15 +154,15 @@ def train_step(engine: Any, row: PackedRow, mesh: Mesh) -> float:
 
 
 def lasting(config: RunConfig, model_of: Phi3VConfig) -> int:
-    """Bytes of weights, gradients and optimizer on a rank, by the estimate."""
+    """Bytes of weights, gradients and optimizer state on a rank, by the estimate."""
     found = estimate(config, model_of, 2, reserve=0, cuda=False)
     return sum(found[name].gpu + found[name].host for name in ("weights", "gradients", "optimizer"))
 
 
 def measure(length: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Two fresh ranks; what they found, and what the estimate says."""
+    """Starts two new ranks. Returns what they measured and what the estimate says."""
     with tempfile.TemporaryDirectory() as folder:
-        case = {"length": length, "settings": settings, "out": f"{folder}/facts.json"}
+        case: dict[str, Any] = {"length": length, "settings": settings, "out": f"{folder}/facts.json"}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command += [__file__, "--worker", json.dumps(case)]
         environment = {
@@ -175,9 +176,9 @@ def measure(length: int, settings: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit(run.stdout[-2000:] + run.stderr[-4000:])
         facts: dict[str, Any] = json.loads(Path(case["out"]).read_text())
     config = run_config(length, **settings)
-    pictures = facts["pictures"]
+    images = facts["images"]
     found = estimate(
-        config, model_config(), 2, targets=facts["targets"] // 2, images=(pictures, 17 * pictures),
+        config, model_config(), 2, targets=facts["targets"] // 2, images=(images, 17 * images),
         reserve=0, cuda=False,
     )  # fmt: skip
     expected = found.total + found.host
@@ -185,7 +186,7 @@ def measure(length: int, settings: dict[str, Any]) -> dict[str, Any]:
     result = {
         "tokens": length,
         "settings": settings,
-        "pictures": pictures,
+        "images": images,
         "losses": facts["losses"],
         "grown_mb": grown / 1e6,
         "estimate_mb": expected / 1e6,
@@ -196,7 +197,7 @@ def measure(length: int, settings: dict[str, Any]) -> dict[str, Any]:
         "components_mb": {c.name: round((c.gpu + c.host) / 1e6, 1) for c in found.components},
     }
     print(
-        f"{length:7,} tokens, {pictures:3} pictures, {settings or 'checkpointing'}: grew by "
+        f"{length:7,} tokens, {images:3} images, {settings or 'checkpointing'}: grew by "
         f"{result['grown_mb']:,.0f} MB, estimate {result['estimate_mb']:,.0f} MB ({found.busiest}), ratio "
         f"{result['ratio']:.2f}; with libraries {result['peak_rss_mb']:,.0f} MB, ratio "
         f"{result['ratio_with_libraries']:.2f}; loss {facts['losses'][1]:.6f}",

@@ -2,10 +2,10 @@
 
     python benchmarks/loss_head.py [--positions 16384] [--json PATH]
 
-Ours picks the supervised positions and goes through the vocabulary in chunks; the plain head makes all
-logits, casts them to float32 and calls cross_entropy, as the published code does. Each runs forward and
-backward in a process of its own; what counts is the peak above what the process held before. A quarter of the
-positions is supervised.
+Ours takes the supervised positions and computes the loss in chunks; the plain head makes all logits, casts
+them to float32 and calls cross_entropy, as the published code does. Each runs forward and backward in a
+process of its own. Measured is the peak memory above that of the process before. A quarter of the positions
+is supervised.
 """
 
 import argparse
@@ -20,7 +20,7 @@ VOCABULARY, WIDTH = 32064, 512
 
 
 def measure(way: str, positions: int) -> tuple[float, float]:
-    """Peak in GiB above the start, and the loss."""
+    """(peak memory above the start in GiB, loss)."""
     import torch
     import torch.nn.functional as F
 
@@ -33,7 +33,7 @@ def measure(way: str, positions: int) -> tuple[float, float]:
     hidden = torch.randn(positions, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, VOCABULARY, (positions,))
     supervised = torch.arange(positions) % 4 == 0
-    head(hidden[:8], targets[:8]).backward()  # first calls allocate things of their own
+    head(hidden[:8], targets[:8]).backward()  # the first call allocates buffers that stay
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if way == "ours":
         loss = head(hidden[supervised], targets[supervised])
@@ -48,7 +48,7 @@ def measure(way: str, positions: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Runs both ways; the exit status."""
+    """Runs both ways. Returns the exit status."""
     from benchmarks.record import Comparison, report
 
     parser = argparse.ArgumentParser(description="memory of the loss head")

@@ -2,9 +2,9 @@
 
     python benchmarks/packing.py [--samples 96] [--json PATH]
 
-The same model (configs/tiny.yaml), the same drawn products, forward and backward on one process in plain
-torch. A useful token belongs to a document; padding is none. Both compute the loss on the answers alone,
-which the seed does not. One thread; rounds alternate; medians.
+The same model (configs/tiny.yaml) and the same synthetic samples, forward and backward in one process, in
+plain torch. Useful tokens are those of documents, not padding. Both ways compute the loss on the answers
+alone, which the recipe of the seed does not. One thread; the ways take turns; medians.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PADDED, ROW, VISION_CHUNK = 512, 4096, 64
 
 
 def documents(count: int, tile: int, tokens_of_image: int) -> list[Document]:
-    """One-tile pictures with a short question and answer, as in the catalogue: 100 to 140 tokens."""
+    """One-tile images with a short question and answer, as in the catalogue: 100 to 140 tokens."""
     random = np.random.RandomState(0)
     found = []
     for _ in range(count):
@@ -56,7 +56,7 @@ def packed(samples: list[Document], tile: int) -> list[PackedRow]:
 
 
 def padded(samples: list[Document], tile: int) -> list[PackedRow]:
-    """Each sample alone, padded to PADDED positions that attend like any other."""
+    """Each sample in a row of its own, padded to PADDED positions; the padding takes part in attention."""
     rows = []
     for sample in samples:
         short = PADDED - len(sample.input_ids)
@@ -68,7 +68,7 @@ def padded(samples: list[Document], tile: int) -> list[PackedRow]:
 
 
 def main() -> int:
-    """Measures both; the exit status."""
+    """Measures both ways. Returns the exit status."""
     parser = argparse.ArgumentParser(description="packing against padding")
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)

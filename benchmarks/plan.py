@@ -1,12 +1,12 @@
-"""Planning: how full rows are, how equally busy ranks, how long it takes and how much memory.
+"""Planning: how full the rows are, how equal the work of the ranks, how much time and memory it takes.
 
     python benchmarks/plan.py [--large 10000000] [--json PATH]
 
-Lengths: a log-normal mix (mean 1,100 tokens, two thirds with pictures), and those of the drawn catalogue,
-drawn again from its 2,000 products. The peer packs samples greedily in shuffled order and deals rows out in
-turn, as most packing collators do. Planning and resuming are measured in processes of their own, from costs
-and shard numbers in memory to the rows of a step; the peer there is the bar. CPU seconds, because the machine
-may have other work.
+Lengths: a log-normal mix (mean 1,100 tokens, two thirds with images), and those of the sample catalogue
+(drawn at random from its 2,000 products). The peer packs samples greedily in shuffled order and gives rows to
+ranks in turn. Planning and resuming are measured in processes of their own, from costs and shard numbers in
+memory to the rows of a step; they are compared with the bar only. CPU seconds, because the machine may have
+other work.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.tokens import SampleCosts
 
 BATCH = 64
-SMALL_BATCH = 8  # for a step of a high number, which is 6 epochs away
+SMALL_BATCH = 8  # makes step 100,000 the sixth epoch or so
 
 
 def log_normal(samples: int, seq_len: int) -> SampleCosts:
-    """Lengths as those of chats: median 665 tokens, two thirds with pictures."""
+    """Lengths as those of chats: median 665 tokens, two thirds with images."""
     random = np.random.default_rng(0)
     tokens = np.minimum(random.lognormal(6.5, 1, samples).astype(np.int64) + 1, seq_len)
     views = tokens // 200 * (random.random(samples) < 0.67)
@@ -41,7 +41,7 @@ def log_normal(samples: int, seq_len: int) -> SampleCosts:
 
 
 def catalogue(samples: int, tile: int, num_crops: int) -> SampleCosts:
-    """The drawn catalogue's samples, drawn again."""
+    """Costs of samples drawn at random from the sample catalogue."""
     from phi3v_dist.data.samples import read_samples
     from phi3v_dist.data.tokens import Counter, sample_costs
     from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
@@ -107,7 +107,7 @@ def quality(name: str, costs: SampleCosts, seq_len: int) -> list[Comparison]:
 
 
 def plan_alone(samples: int) -> dict[str, float]:
-    """Run in a process of its own: planning, then resuming at steps 0 and 100,000 from the files."""
+    """Planning, then resuming at steps 0 and 100,000 from the files. Runs in a process of its own."""
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

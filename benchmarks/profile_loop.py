@@ -1,10 +1,10 @@
-"""Where the time of a training step goes: our loop, its parts timed, as shares of the step.
+"""Where the time of a training step goes: the parts of our loop, as shares of the step.
 
     python benchmarks/profile_loop.py [--steps 16] [--markdown PATH]
 
-The run of benchmarks/step_overhead.py (20M parameters, 1,024 positions, one rank, ZeRO-3, two data workers of
-which one prefetches). Each part is timed by a wrapper around what the loop calls, on a CPU, where nothing is
-asynchronous. "The rest" is what the loop itself does between those calls.
+The run of benchmarks/step_overhead.py (20M parameters, 1,024 positions, one rank, ZeRO-3, one data worker).
+Each function that the loop calls is wrapped to measure its time, on a CPU, where nothing is asynchronous.
+"The rest" is what the loop itself does between those calls.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from phi3v_dist.train.loop import train
 
 
 class Clock:
-    """Seconds by part of the step, each list one step."""
+    """The seconds of each part, summed over all steps while `on` is set."""
 
     def __init__(self) -> None:
         self.parts: dict[str, float] = defaultdict(float)
@@ -54,7 +54,7 @@ class Clock:
 
 @contextmanager
 def watched(clock: Clock) -> Iterator[None]:
-    """The parts of the loop go through `clock` for a while."""
+    """Measures the parts of the loop with `clock` while the context is open."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     places: list[tuple[Any, str, str]] = [
@@ -77,7 +77,7 @@ def watched(clock: Clock) -> Iterator[None]:
 
 
 def main() -> int:
-    """Runs the loop once; prints the table."""
+    """Runs the loop once and prints the table. Returns the exit status."""
     parser = argparse.ArgumentParser(description="where the time of a step goes")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--markdown", type=Path)
@@ -90,7 +90,7 @@ def main() -> int:
         with watched(clock), Recorder() as recorder:
             counted = step.learning_rate
 
-            def rate(*arguments: Any) -> float:  # the first two steps and the last, which saves, are left out
+            def rate(*arguments: Any) -> float:  # leaves out the first two steps and the last one
                 value = counted(*arguments)
                 clock.on = 3 <= len(recorder.times) < options.steps + 3
                 return value

@@ -1,7 +1,6 @@
-"""How benchmarks say what they found: a table on the terminal, JSON for docs/benchmarks.
+"""The result of a benchmark: lines on the terminal, JSON for docs/benchmarks.
 
-In: comparisons. Out: printed lines, the JSON file, the exit status. Called by the scripts that
-compare.
+In: comparisons. Out: printed lines, the JSON file, the exit status.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ import psutil
 
 @dataclass(frozen=True)
 class Comparison:
-    """One thing measured twice in one run.
+    """One piece of work, done in two ways in one run.
 
-    what: the work. peer: who did it the other way. ours, theirs: in `unit`, medians or bests alike. ratio:
-    how many times better ours is, or as `bar` reads it. bar: the demand in words, "" for none. met: None
-    where there is no bar.
+    what: the work. peer: the other way. ours, theirs: both in `unit`, both medians or both best values.
+    ratio: how many times better ours is, or what `bar` says. bar: the requirement in words; "" for none. met:
+    whether it is met; None without a bar.
     """
 
     what: str
@@ -61,7 +60,7 @@ def report(name: str, comparisons: Sequence[Comparison], json_path: str | None) 
 
 
 def machine() -> dict[str, str]:
-    """What the figures were taken on."""
+    """The machine and the versions that the results were measured with."""
     memory = psutil.virtual_memory().total / 2**30
     names = {"python": platform.python_version(), "torch": version("torch")}
     return {
@@ -73,7 +72,7 @@ def machine() -> dict[str, str]:
 
 
 def _shown() -> list[str]:
-    """The arguments, without the place of the JSON file."""
+    """The arguments of the command, without the path of the JSON file."""
     words = sys.argv[1:]
     return [
         word

@@ -1,11 +1,11 @@
-"""Runs the benchmarks one after the other, and writes the table of docs/benchmarks from what they found.
+"""Runs the benchmarks one after the other, and writes the table of docs/benchmarks from their results.
 
     python benchmarks/run.py [NAME ...]        (make bench)
-    python benchmarks/run.py --table           only writes the table anew
+    python benchmarks/run.py --table           only writes the table again
 
-In: the scripts named in SCRIPTS. Out: docs/benchmarks/NAME.json and docs/benchmarks/README.md. A script that
-fails or misses its bar makes the exit status 1; the others still run. That of a GPU (gpu.py) is run by hand;
-profile_loop.py compares nothing and prints a table of its own.
+In: the scripts named in SCRIPTS. Out: docs/benchmarks/NAME.json and docs/benchmarks/README.md. If a
+script fails or misses its bar, the exit status is 1, and the others still run. gpu.py needs a GPU and is
+started by hand. profile_loop.py compares nothing and prints a table of its own.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path[0] = str(ROOT)
 from shards.common.files import write_atomically
 
 RESULTS = ROOT / "docs/benchmarks"
-# Script -> arguments, and the seconds after which it is taken to hang.
+# Script -> arguments, and the seconds after which it is stopped.
 SCRIPTS: dict[str, tuple[list[str], int]] = {
     "checkpoint": ([], 600),
     "image_processor": ([], 300),
@@ -41,7 +41,7 @@ SCRIPTS: dict[str, tuple[list[str], int]] = {
 
 
 def run(name: str) -> bool:
-    """Runs one; whether it ended with 0."""
+    """Runs one script. Returns whether it ended with 0."""
     arguments, limit = SCRIPTS[name]
     target = RESULTS / f"{name}.json"
     command = [sys.executable, f"benchmarks/{name}.py", *arguments, "--json", str(target)]
@@ -86,7 +86,7 @@ def table() -> str:
 
 
 def main() -> int:
-    """Runs what is named, or all; the exit status."""
+    """Runs the named benchmarks, or all. Returns the exit status."""
     parser = argparse.ArgumentParser(description="all benchmarks, one table")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(SCRIPTS)}; all if none is given"

@@ -1,11 +1,11 @@
-"""What sharing a row costs: tokens/s of two gloo ranks with sp 2, against the same two with a row each.
+"""The cost of sharing a row: tokens/s of two gloo ranks with sp 2, against two ranks with a row each.
 
     python benchmarks/sequence.py [--tokens 8192] [--steps 6] [--json PATH]
 
-The tiny model of benchmarks/long_context.py, text and pictures, one core a rank. Data parallel is the
-cheapest way where a row fits; sequence parallelism sends queries, keys, values and outputs of each layer on
-top. Also one rank alone on one core, for how much the second core gives at all. On a GPU the exchange is
-beside work many times as large, so this is the dear end.
+The tiny model of benchmarks/long_context.py, text and images, one core per rank. Data parallelism is
+the cheapest way where a row fits; sequence parallelism also sends the queries, keys, values and outputs of
+each layer. One rank alone on one core is measured too: it shows how much a second core can give. The layers
+here are tiny, so the exchange weighs more than in the full-size model.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from phi3v_dist.train.optim import parameter_groups
 
 
 def worker(sp: int, tokens: int, steps: int, out: str) -> None:
-    """One rank; rank 0 writes the seconds of each step but the first."""
+    """Runs on every rank. Rank 0 writes the seconds of each step but the first to the file `out`."""
     torch.set_num_threads(1)
     config = run_config(tokens, sp=sp)
     with open_mesh(600, sp) as mesh:
@@ -55,7 +55,7 @@ def worker(sp: int, tokens: int, steps: int, out: str) -> None:
 
 
 def step_seconds(ranks: int, sp: int, tokens: int, steps: int) -> float:
-    """The median step of fresh ranks."""
+    """The median seconds of a step of newly started ranks."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/seconds.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -73,7 +73,7 @@ def step_seconds(ranks: int, sp: int, tokens: int, steps: int) -> float:
 
 
 def main() -> int:
-    """Runs the three; the exit status."""
+    """Runs the three ways. Returns the exit status."""
     parser = argparse.ArgumentParser(description="sequence parallelism against data parallelism")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=6)

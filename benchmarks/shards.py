@@ -1,16 +1,16 @@
-"""How fast local JPEGs become shards, against tar with sha256, img2dataset and ShardWriter; the memory.
+"""How fast local JPEGs become shards, against tar with sha256, img2dataset and ShardWriter; memory.
 
     python benchmarks/shards.py [--files N] [--rows N] [--rounds 3] [--peer-python PYTHON] [--json PATH]
 
-Makes noisy JPEGs of about 100 KB, each with other bytes, in a temporary folder. All ways take turns, start
-of the process included; a ratio is the median over the rounds, of wall clock. img2dataset needs packages
-of its own, so a virtual environment is made for it, unless --peer-python names one. --rows: the memory of a
-build of so many small images, all its processes together; 0: not measured.
+Makes noisy JPEGs of about 100 KB, no two with equal bytes, in a temporary folder. The ways take turns, and
+the start of the process counts. A ratio is the median over the rounds, of wall clock time. img2dataset needs
+packages that conflict with ours, so a virtual environment is made for it, unless --peer-python names one.
+--rows: measures the memory of a build of this many small images, all processes together; 0: not measured.
 
-The bars: 70 % of a tar that is hashed and written; 3 times img2dataset when it gives what the build gives
-(original bytes, sha256, width and height, every image checked; it checks by decoding); under 400 MB. A tar
-that is only hashed, img2dataset told to look at no image, and the plainest loop around webdataset's
-ShardWriter are shown too.
+The bars: 70 % of the speed of a tar that is hashed and written; 3 times the speed of img2dataset when it
+gives what the build gives (original bytes, sha256, width and height, every image checked; it checks by
+decoding); less than 400 MB. Three more ways are shown: a tar that is only hashed, img2dataset without any
+look at the images, and a simple loop around webdataset's ShardWriter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from PIL import Image
 from benchmarks.record import Comparison, report
 
 ASK = ["--images", "image", "--prompt", "What is this?", "--answer", "{name}"]
-# webdataset's own writer in the plainest loop: read, verify, write. No hashes, no index, no resume.
+# webdataset's own writer in a simple loop: read, verify, write. No hashes, no index, no resuming.
 PLAIN = """
 import csv, io, sys
 from pathlib import Path
@@ -49,8 +49,9 @@ with ShardWriter(sys.argv[2] + "/%06d.tar", maxcount=1000, verbose=0) as sink, t
         Image.open(io.BytesIO(data)).verify()
         sink.write({"__key__": f"{number:08d}", "jpg": data, "json": {"name": row["name"]}})
 """
-# img2dataset that keeps the bytes and hashes them. skip_reencode: it decodes, so that it knows the size and
-# that the image is good, but stores what it read; disable_all_reencoding: it does not look at the image.
+# img2dataset that keeps the bytes and hashes them. skip_reencode: it decodes to learn the size and whether
+# the image is valid, but stores the bytes that it read; disable_all_reencoding: it does not look at the
+# image.
 PEER = """
 import sys
 from img2dataset import download
@@ -60,14 +61,14 @@ if __name__ == "__main__":
              number_sample_per_shard=1000, resize_mode="no", compute_hash="sha256", min_image_size=0,
              **{sys.argv[3]: True})
 """
-# Both hash all bytes once; the first also brings the tar to the disk, as `shards build` does.
+# Both hash all bytes once; the first also writes the tar to the disk, as `shards build` does.
 TAR, PIPE = "tar c | tee X.tar | sha256sum; sync", "tar c | sha256sum, nothing written"
 CHECKED, UNCHECKED = "img2dataset, checking", "img2dataset, not looking at the images"
 LOOP, OURS = "ShardWriter loop, PIL verify", "shards build"
 
 
 def make_files(folder: Path, files: int, size: tuple[int, int], noise: bool) -> None:
-    """`files` JPEGs of 16 contents, told apart by a comment, and a table.csv (image, url, name) of them."""
+    """Makes `files` JPEGs of 16 images, each with another comment, and a table.csv (image, url, name)."""
     rng = random.Random(0)
     contents = []
     for _ in range(16):
@@ -76,9 +77,9 @@ def make_files(folder: Path, files: int, size: tuple[int, int], noise: bool) -> 
             image = Image.blend(
                 image, Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])), 0.045
             )
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=82)
-        contents.append(data.getvalue())
+        encoded = io.BytesIO()
+        image.save(encoded, "JPEG", quality=82)
+        contents.append(encoded.getvalue())
     (folder / "images").mkdir(parents=True)
     with (folder / "table.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
@@ -89,11 +90,11 @@ def make_files(folder: Path, files: int, size: tuple[int, int], noise: bool) -> 
             data = data[:2] + b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment + data[2:]
             path = folder / f"images/{number:06d}.jpg"
             path.write_bytes(data)
-            table.writerow([f"images/{path.name}", path.as_uri(), f"picture {number}"])
+            table.writerow([f"images/{path.name}", path.as_uri(), f"image {number}"])
 
 
 def peer_python(folder: Path) -> str | None:
-    """An interpreter with img2dataset in it, None if it cannot be installed."""
+    """An interpreter with img2dataset installed; None if it cannot be installed."""
     made = [sys.executable, "-m", "venv", str(folder)]
     install = [str(folder / "bin/pip"), "install", "-q", "--disable-pip-version-check", "img2dataset"]
     for command in (made, install):
@@ -107,9 +108,9 @@ def peer_python(folder: Path) -> str | None:
 
 
 def ways(folder: Path, out: Path, peer: str | None) -> dict[str, Callable[[], object]]:
-    """Name -> the run of that way."""
+    """The name of each way -> the function that runs it."""
     table, tar = str(folder / "table.csv"), f"{out}.tar"
-    (folder / "peer.py").write_text(PEER)  # it starts processes, so it needs a file
+    (folder / "peer.py").write_text(PEER)  # it starts processes, which must import it from a file
 
     def run(command: list[str], make_out: bool = False) -> Callable[[], object]:
         def once() -> None:
@@ -135,13 +136,13 @@ def ways(folder: Path, out: Path, peer: str | None) -> dict[str, Callable[[], ob
 
 
 def build_command(folder: Path, out: Path) -> list[str]:
-    """Our build of the table in `folder`."""
+    """The command of our build of the table in `folder`."""
     phi3v = Path(sys.executable).with_name("phi3v")
     return [str(phi3v), "shards", "build", str(folder / "table.csv"), "--out", str(out), *ASK]
 
 
 def compare(times: Mapping[str, list[float]], cpu: Mapping[str, list[float]]) -> list[Comparison]:
-    """`shards build` with each other way; the ratio is of speeds, above 1: we are faster."""
+    """`shards build` against each other way. Ratios are of speeds: above 1, `shards build` is faster."""
     found = []
     for name in times:
         if name == OURS:
@@ -159,7 +160,7 @@ def compare(times: Mapping[str, list[float]], cpu: Mapping[str, list[float]]) ->
 
 
 def memory(folder: Path, out: Path) -> float:
-    """MB of all processes of a build together, shared pages counted once, at their most."""
+    """Peak memory of a build in MB: all processes together, shared pages counted once."""
     process = psutil.Popen(build_command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
@@ -176,7 +177,7 @@ def memory(folder: Path, out: Path) -> float:
 
 
 def main() -> int:
-    """Runs the comparisons; 1 if a bar is missed."""
+    """Runs the comparisons. Returns 1 if a bar is missed, else 0."""
     parser = argparse.ArgumentParser(description="shards build against tar, img2dataset and ShardWriter")
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -213,7 +214,7 @@ def main() -> int:
             shutil.rmtree(out, ignore_errors=True)
             make_files(folder, arguments.rows, (64, 48), noise=False)
             most = memory(folder, out)
-            what = f"memory of a build of {arguments.rows} rows"
+            what = f"memory of a build of {arguments.rows} records"
             comparisons.append(
                 Comparison(what, "the limit", most, 400.0, "MB", most / 400, "< 1 (400 MB)", most < 400)
             )

@@ -1,12 +1,12 @@
-"""From the command to the end of the first step: `phi3v train` against a bare script that does one step.
+"""From the command to the end of the first step: `phi3v train` against a bare script that takes one step.
 
     python benchmarks/start_up.py [--rounds 3] [--json PATH]
 
-The model of configs/tiny.yaml on one rank, data of 300 drawn products. Ours checks config, data, disk and
-ranks, counts the tokens of the samples, plans the rows, starts data workers, writes the run directory. The
-bare script imports torch, transformers and DeepSpeed, makes the same model and takes a step on a row of
-random text. New: the run begins, its tokenizer and weights included. Again: the same command once more, from
-a checkpoint. Rounds alternate; medians.
+The model of configs/tiny.yaml on one rank, data of 300 generated products. Ours checks the config, data, disk
+and ranks, counts the tokens of the samples, plans the rows, starts the data workers and writes the run
+directory. The bare script imports torch, transformers and DeepSpeed, makes the same model and takes a step on
+random text. New: a new run, including its tokenizer and first weights. Again: the same command once more,
+from a checkpoint. The ways take turns; medians.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from shards.build import BuildOptions, build
 from shards.sample import make_catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 2  # of each start
+STEPS = 2  # that each start trains
 BARE = """
 import sys
 import torch, torch.distributed as dist, transformers, deepspeed
@@ -50,7 +50,7 @@ engine.destroy()
 
 
 def until(command: list[str], sign: str) -> float:
-    """Seconds until a line with `sign` is printed; the process then ends by itself."""
+    """Seconds until the command prints a line with `sign`. The command runs to its end."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1",
         "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29481",
@@ -70,7 +70,7 @@ def until(command: list[str], sign: str) -> float:
 
 
 def main() -> int:
-    """Runs the three in turns; the exit status."""
+    """Runs the three ways in turns. Returns the exit status."""
     parser = argparse.ArgumentParser(description="time to the first step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json")
@@ -86,7 +86,7 @@ def main() -> int:
             ours = [
                 sys.executable,
                 "-m",
-                "launch.cli.main",
+                "launch.cli",
                 "train",
                 "configs/tiny.yaml",
                 f"name=start-{number}",

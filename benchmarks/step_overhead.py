@@ -1,11 +1,11 @@
-"""What our train loop adds to a step: against a bare DeepSpeed loop over rows that are in memory already.
+"""What our train loop adds to a step, against a bare DeepSpeed loop over rows that are already in memory.
 
     python benchmarks/step_overhead.py [--steps 24] [--json PATH]
 
-One process, ZeRO-3, one model (20M parameters, 1,024 positions a row, so that a step takes some tenths of a
-second, as on a GPU), the same rows. The bare loop does forward, backward, step and nothing else. Ours is
-`phi3v_dist.train.loop.train` with its loader, logging at every step and metrics.jsonl; the time of a step is
-the wall time between the starts of two steps, whatever happens in between. Rounds alternate; medians.
+One process, ZeRO-3, one model (20M parameters, 1,024 positions per row, so that a step takes some tenths of a
+second, as on a GPU), the same rows. The bare loop runs forward, backward and step, nothing else. Ours is
+`phi3v_dist.train.loop.train` with its loader, and with logs and metrics.jsonl at every step; the time of a
+step is the wall clock time between the starts of two steps. The ways take turns; medians.
 """
 
 import argparse
@@ -39,7 +39,7 @@ BAR = 1.03
 
 
 def recipe(root: Path, steps: int) -> Path:
-    """configs/tiny.yaml with a larger model, on drawn products."""
+    """configs/tiny.yaml with a larger model, on generated products."""
     import yaml
 
     make_catalogue(root / "catalogue", 300, seed=1)
@@ -66,7 +66,9 @@ def recipe(root: Path, steps: int) -> Path:
 
 
 class Recorder:
-    """Stands between the loop and what it calls: when each step began, its rows, how its engine is made."""
+    """Wraps functions that the loop calls. Records when each step began, its rows, and how its engine is
+    made.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -77,7 +79,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         learning_rate, load_rows, make_engine = self._kept
 
-        def rate(*arguments: Any) -> float:  # asked for once a step
+        def rate(*arguments: Any) -> float:  # called once per step
             self.times.append(time.perf_counter())
             return learning_rate(*arguments)
 
@@ -97,12 +99,12 @@ class Recorder:
         step.learning_rate, job.load_rows, job._make_engine = self._kept
 
     def seconds(self) -> list[float]:
-        """Of each step but the first two and the last, which evaluates and saves."""
+        """The seconds of each step but the first two, and the last one, which evaluates and saves."""
         return [after - before for before, after in zip(self.times[2:], self.times[3:], strict=False)]
 
 
 def be_the_only_rank() -> None:
-    """This process is rank 0 of 1, quiet and on one core."""
+    """Makes this process rank 0 of 1, without warnings and on one core."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -112,7 +114,7 @@ def be_the_only_rank() -> None:
 
 
 def bare(recorder: Recorder) -> list[float]:
-    """Seconds of each step of a loop that does nothing else, on the recorded rows."""
+    """The seconds of each step of the bare loop, on the recorded rows."""
     assert recorder.make_engine is not None
     engine = recorder.make_engine()
     seconds = []
@@ -127,7 +129,7 @@ def bare(recorder: Recorder) -> list[float]:
 
 
 def main() -> int:
-    """Runs both in turns; the exit status."""
+    """Runs both ways in turns. Returns the exit status."""
     parser = argparse.ArgumentParser(description="our loop against a bare DeepSpeed loop")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)

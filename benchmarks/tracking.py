@@ -3,8 +3,8 @@
     python benchmarks/tracking.py [--steps 12] [--pairs 4] [--json PATH]
 
 A step is forward and backward of the model of configs/tiny.yaml on one packed row and one line of metrics.
-Blocks of steps with and without W&B alternate in one process; each block has a tracker of its own. Medians
-over all steps. Killed: the service is killed after a third of the block.
+Blocks of steps with and without W&B take turns in one process; each block has a tracker of its own. Medians
+over all steps. Killed: the wandb-core process is killed after a third of the block.
 """
 
 import argparse
@@ -38,7 +38,7 @@ UNREACHABLE = "http://127.0.0.1:9"
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """Answers every call after DELAY_S, with an error."""
+    """Answers every request with an error after DELAY_S."""
 
     def do_POST(self) -> None:
         time.sleep(DELAY_S)
@@ -52,7 +52,7 @@ class Slow(http.server.BaseHTTPRequestHandler):
 
 
 def block(step: object, config: RunConfig, folder: Path, steps: int, kill: bool) -> list[float]:
-    """Seconds of each step of a block; the tracker's start and close are outside."""
+    """The seconds of each step of a block, without the start and the close of the tracker."""
     run_dir = Path(tempfile.mkdtemp(dir=folder))
     tracker = Tracker(config, run_dir, 0, about={})
     seconds = []
@@ -71,7 +71,7 @@ def block(step: object, config: RunConfig, folder: Path, steps: int, kill: bool)
 
 
 def main() -> int:
-    """Measures the three; the exit status."""
+    """Measures the three cases. Returns the exit status."""
     parser = argparse.ArgumentParser(description="step time beside a broken W&B")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=4)

@@ -1,12 +1,11 @@
-"""Shards on a local disk of the node: copied there once, before the ranks start.
+"""Copies datasets to a local disk of the node, once, before the ranks start.
 
-In: a dataset directory or URL, and a directory of the local disk. Out: the copy's path, the same on every
-node and for every start, because it is named after the dataset's fingerprint. Called by launch.cluster.
+In: a dataset directory or URL, and a directory on the local disk. Out: the path of the copy. It is the same
+on every node and for every start, because the copy is named by the fingerprint of the dataset.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +16,17 @@ from phi3v_dist.config import DataConfig
 from phi3v_dist.data.local_copy import fetch_file
 from shards.common.errors import BadInputError
 from shards.common.files import partial_path
+from shards.common.locks import locked
 from shards.format.dataset import DATASET_JSON, INDEX_DIR, files_in, read_dataset_info
 
 COPIES_AT_ONCE = 8
 
 
 def stage_overrides(data: DataConfig, directory: Path) -> list[str]:
-    """Stages every data set of a config; returns the overrides that make a run use the copies."""
+    """Stages every dataset of a config. Returns the overrides that make a run use the copies.
+
+    Raises BadInputError as `stage_dataset`.
+    """
     if data.path is not None:
         return [f"data.path={stage_dataset(data.path, directory)}"]
     staged = [
@@ -34,10 +37,10 @@ def stage_overrides(data: DataConfig, directory: Path) -> list[str]:
 
 
 def stage_dataset(source: str, directory: Path) -> Path:
-    """Copies the dataset `source` into `directory`; returns where it is. A complete copy is left as it is, a
-    half one is completed. `dataset.json` comes last, as in the original.
+    """Copies the dataset `source` into `directory`; returns the path of the copy. A complete copy stays as it
+    is, an incomplete one is completed. dataset.json is copied last, so a copy that has it is complete.
 
-    Raises BadInputError: source incomplete, a file of the wrong size, no space.
+    Raises BadInputError if the source is incomplete, a file has the wrong size or the disk has no space.
     """
     info = read_dataset_info(source)
     fs, root = fsspec.core.url_to_fs(source)
@@ -56,8 +59,7 @@ def stage_dataset(source: str, directory: Path) -> Path:
 
     try:
         (target / INDEX_DIR).mkdir(parents=True, exist_ok=True)
-        with (target / ".turn").open("w") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)  # of the jobs on this node; goes with its process
+        with locked(target / ".turn"):  # other jobs on this node may stage the same dataset
             with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
                 list(pool.map(copy, sizes))
             sizes[DATASET_JSON] = None

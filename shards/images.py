@@ -73,8 +73,8 @@ def check_image(data: bytes, max_pixels: int = 100_000_000, decode: bool = True)
         with Image.open(io.BytesIO(data), formats=[_FORMATS[extension]]) as image:
             width, height = image.size
             check_size(width, height, max_pixels)
-            # A JPEG with several frames is a multi-picture file of a phone; its first frame is the
-            # photograph.
+            # A JPEG with several frames is an MPO file (CIPA DC-007), as phones write it; its first frame is
+            # the photograph.
             if extension != "jpg" and getattr(image, "n_frames", 1) > 1:
                 raise BadInputError(f"animated image of {getattr(image, 'n_frames', 1)} frames")
             # For the EXIF data of a PNG, Pillow would decode all of it.

@@ -144,11 +144,11 @@ def _index_tars(
         (root / folder).mkdir(exist_ok=True)
     _check_parts(root, len(tars))
     splits = [_split_in_name(name) for name in tars]
-    total, done, rows = sum(file.size for file in tars.values()), 0, 0
+    total, done, records = sum(file.size for file in tars.values()), 0, 0
     reader = SampleReader(storage.out, options)
     parts = []
     for number, (name, file) in enumerate(tars.items()):
-        tag = TarTag(fingerprint, name, file.version, row=rows)
+        tag = TarTag(fingerprint, name, file.version, row=records)
         part = finished_part(root, number, tag)
         if part is None:
             split = splits[number] if all(splits) else None
@@ -163,10 +163,10 @@ def _index_tars(
                     val_fraction=options.val_fraction,
                 )
             storage.upload(part_files(number))
-            failed = part.rows - len(part.keys)
+            failed = part.records - len(part.keys)
             _log.info("%s/%s: %d samples, %d failed", storage.out, name, len(part.keys), failed)
         parts.append(part)
-        rows += part.rows
+        records += part.records
         done += part.shard.bytes
         if progress is not None:
             progress(done, total)
@@ -198,12 +198,12 @@ def _index_tar(
     records: list[SampleRecord] = []
     ledger = io.StringIO()
     seen: set[str] = set()
-    rows = 0
+    scanned = 0
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
         for sample in scan(stream, str(path)):
-            item, members = reader.read(stream.fileno(), sample, tag.row + rows)
+            item, members = reader.read(stream.fileno(), sample, tag.row + scanned)
             if sample.key in seen:
                 item = Prepared(
                     item.record, (), "its key came before in this tar: its members are not adjacent"
@@ -214,13 +214,13 @@ def _index_tar(
                 split = named_split or split_of(item, val_fraction)
                 records.append(sample_record(item, split, path.name, sample=sample, members=members))
             ledger.write(ledger_entry(item, split, path.name).to_json())
-            rows += 1
+            scanned += 1
         size = os.fstat(stream.fileno()).st_size
     write_atomically(ledger_part(root, "", number), ledger.getvalue().encode())
     part = TarPart(
         tag=tag,
         shard=ShardInfo(path.name, len(records), size, sha256),
-        rows=rows,
+        records=scanned,
         samples=Counter(record.split for record in records),
         keys=tuple(record.key for record in records),
     )
@@ -239,13 +239,13 @@ def _finish(
 ) -> DatasetInfo:
     """Writes dataset.json over all parts."""
     root = storage.root
-    rows = sum(part.rows for part in parts)
+    records = sum(part.records for part in parts)
     splits: Counter[str] = sum((part.samples for part in parts), Counter())
-    failed = rows - splits.total()
-    if not splits or failed > num_may_fail(rows, min_success):
+    failed = records - splits.total()
+    if not splits or failed > num_may_fail(records, min_success):
         reason = next(iter(failure_reasons(root)), "the tars hold no samples")
         raise BadInputError(
-            f"{storage.out}: only {splits.total()} of {rows} samples can be used (min_success "
+            f"{storage.out}: only {splits.total()} of {records} samples can be used (min_success "
             f"{min_success:g}); most frequent reason: {reason}; the outcome of every sample is in "
             f"{storage.out}/{LEDGER_DIR}; fix them or lower min_success"
         )

@@ -45,13 +45,13 @@ class TarTag:
 class TarPart:
     """One tar that is indexed.
 
-    rows: samples in the tar. samples: those of them indexed, by split. keys: of the indexed samples, as the
-    tar has them. prefixed: the keys in the index begin with the name of the tar.
+    records: samples in the tar. samples: those of them indexed, by split. keys: of the indexed samples, as
+    the tar has them. prefixed: the keys in the index begin with the name of the tar.
     """
 
     tag: TarTag
     shard: ShardInfo
-    rows: int
+    records: int
     samples: Counter[str]
     keys: tuple[str, ...]
     prefixed: bool = False
@@ -60,7 +60,7 @@ class TarPart:
         """The schema metadata of its file: all but the keys, which are a column."""
         stored = {
             **asdict(self.tag),
-            "rows": self.rows,
+            "rows": self.records,
             "samples": dict(sorted(self.samples.items())),
             "shard": asdict(self.shard),
             "prefixed": self.prefixed,
@@ -91,7 +91,7 @@ def finished_part(root: Path, number: int, tag: TarTag) -> TarPart | None:
     return TarPart(
         tag=tag,
         shard=ShardInfo(**stored["shard"]),
-        rows=stored["rows"],
+        records=stored["rows"],
         samples=Counter(stored["samples"]),
         keys=tuple(keys),
         prefixed=stored["prefixed"],

@@ -1,4 +1,4 @@
-"""A small product catalogue for demos and tests: drawn images, a CSV as a web shop has it, and a server.
+"""A small product catalogue for demos and tests: generated images, a CSV like that of a web shop, a server.
 
 Every image shows one product. Its title, category and price can be read from the image: shape = category,
 fill = colour, pattern = pattern, outline = material, extent on the canvas = size, and the price follows from

@@ -275,7 +275,7 @@ def _without_duplicates(item: Prepared, seen: dict[bytes, int]) -> Prepared:
     first = seen.setdefault(image_digest([str(each.sha256) for each in item.images]), item.record.number)
     if first == item.record.number:
         return item
-    return replace(item, fault=f"duplicate: its images are those of row {first}", dropped=True)
+    return replace(item, fault=f"duplicate: its images are those of record {first}", dropped=True)
 
 
 def _check_failures(

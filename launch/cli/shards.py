@@ -123,7 +123,7 @@ def sample(
         int, typer.Option(help="Port of --serve; 0 takes the port of the last time, or any free port.")
     ] = 0,
 ) -> None:
-    """Draw a product catalogue (CSV and images) for trying out everything.
+    """Generate a product catalogue (CSV and images) to try everything with.
 
     Example: phi3v shards sample --out data/catalogue --rows 2000
     """
@@ -225,11 +225,11 @@ def _build(
     if task is not None and retry_failed:
         raise BadInputError("--task with --retry-failed: first close the dataset with `phi3v shards verify`")
     serving = contextlib.nullcontext() if serve_dir is None else serve_catalogue(serve_dir)
-    with serving, _progress("rows") as progress:
+    with serving, _progress("records") as progress:
         if task is not None:
             number, tasks = _parse_task(task)
-            windows = build_task(source, out, options, task=number, tasks=tasks, progress=progress)
-            written = sum(window.samples.total() for window in windows)
+            partitions = build_task(source, out, options, task=number, tasks=tasks, progress=progress)
+            written = sum(partition.samples.total() for partition in partitions)
             typer.echo(
                 f"{out}: task {task} is done, {written} samples; "
                 f"`phi3v shards verify {out}` closes the dataset"
@@ -321,7 +321,7 @@ def inspect(
         Path | None, typer.Option(help="Also write an HTML page with images and histograms.")
     ] = None,
 ) -> None:
-    """Print counts, image sizes, text lengths, duplicates and failed rows.
+    """Print counts, image sizes, text lengths, duplicates and failed records.
 
     Example: phi3v shards inspect data/shop --html shop.html
     """

@@ -66,7 +66,7 @@ class NodeCache:
                 self._asked.add(name)
                 if self._pool is None:
                     self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="node-cache")
-                self._pool.submit(self._fetch, fs, source, shard, copy)
+                self._pool.submit(self._fetch, fs, source, shard, copy=copy)
         return None
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class NodeCache:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _fetch(self, fs: Any, source: str, shard: ShardInfo, copy: Path) -> None:
+    def _fetch(self, fs: Any, source: str, shard: ShardInfo, *, copy: Path) -> None:
         try:
             with locked(self._directory / f".{copy.name}.lock", timeout_s=0):
                 if copy.exists():

@@ -2,9 +2,9 @@
 
 The rows of a run are one endless sequence: the rows of epoch 0, then those of epoch 1, and so on. An epoch
 packs every sample exactly once (for a mixture of datasets see `epoch.Layout`). An optimizer step takes the
-next `global_batch` rows, across the border of two epochs as well, so no row is dropped or repeated. If a run
-ends with an epoch, its last step may have fewer rows than `global_batch`; their documents are then dealt out
-again, to `global_batch` rows. The sequence does not depend on the number of ranks, so resuming needs one
+next `global_batch` rows, also across the border of two epochs, so no row is dropped or repeated. If a run
+ends with an epoch, its last step may get fewer rows than `global_batch`; their documents are then dealt out
+again to `global_batch` rows. The sequence does not depend on the number of ranks, so resuming needs a single
 number: the rows consumed.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 
-from phi3v_dist.data.epoch import EpochRows, Layout, epoch_rows
+from phi3v_dist.data.epoch import EpochRows, Layout, PackingSettings, epoch_rows
 from phi3v_dist.data.pack import spread
 from phi3v_dist.data.plan_files import PlanFiles
 from phi3v_dist.data.tokens import SampleCosts
@@ -45,9 +45,9 @@ class StepRows:
 class Plan:
     """The rows of a run.
 
-    costs: of the samples of the train split. seq_len: tokens of a row at most. over_long: "fail" refuses
-    longer samples, otherwise they are dropped. layout: shards and datasets of the samples. files: where
-    epochs are kept for other processes and later starts.
+    costs: of the samples of the train split. seq_len: largest number of tokens of a row. over_long: "fail"
+    refuses longer samples, any other value drops them. layout: shards and datasets of the samples. files:
+    where epochs are kept for other processes and later starts.
     Raises BadInputError if a sample is too long and over_long is "fail", or if no sample fits.
     """
 
@@ -66,7 +66,7 @@ class Plan:
     _epochs: dict[int, EpochRows] = field(init=False, default_factory=dict, repr=False)
     _first_row: list[int] = field(init=False, default_factory=lambda: [0], repr=False)
     _ahead: bool = field(init=False, default=False, repr=False)
-    # the train loop and the thread that feeds the workers both use the plan
+    # The train loop and the thread that feeds the data workers both use the plan.
     _lock: threading.RLock = field(init=False, default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
@@ -112,14 +112,12 @@ class Plan:
             self.costs.tokens,
             sample_work(self.costs),
             self.layout or Layout.single(len(self.costs)),
-            self._usable,
-            seq_len=self.seq_len,
-            global_batch=self.global_batch,
-            seed=self.seed,
+            usable=self._usable,
+            settings=PackingSettings(
+                self.seq_len, self.global_batch, self.seed, shuffle=self.shuffle, packing=self.packing
+            ),
             epoch=number,
             phase=phase,
-            shuffle=self.shuffle,
-            packing=self.packing,
         )
 
     def steps_between(self, first_row: int, end_row: int) -> int:
@@ -131,7 +129,9 @@ class Plan:
         return self.steps_between(0, self.end_row(epochs))
 
     def step(self, first_row: int, end_row: int | None = None) -> StepRows:
-        """The rows of the optimizer step that begins with row `first_row`. None from `end_row` on."""
+        """The rows of the optimizer step that begins with row `first_row`; rows from `end_row` on are left
+        out.
+        """
         stop = first_row + self.global_batch
         if end_row is not None:
             stop = min(stop, end_row)
@@ -166,7 +166,7 @@ class Plan:
     def end_row(self, epochs: float) -> int:
         """The number of rows in this many epochs; a fraction of an epoch is rounded up to whole rows."""
         whole = int(epochs)
-        while len(self._first_row) <= whole:  # keeps the files of early epochs, which are used first
+        while len(self._first_row) <= whole:  # keeps the files of the early epochs, which are needed first
             self.plan_ahead(self._first_row[-1] + 1)
         part = int(np.ceil((epochs - whole) * len(self.epoch(whole)))) if epochs > whole else 0
         return self._start(whole) + part
@@ -223,8 +223,8 @@ def deal_rows(cost: np.ndarray, dp_size: int) -> np.ndarray:
 def rank_rows(
     step: StepRows, costs: SampleCosts, *, dp_rank: int, dp_size: int, vision_chunk: int
 ) -> list[MicroRow]:
-    """The global_batch / dp_size rows that a data-parallel rank accumulates in a step. vision_chunk: views
-    per call of the vision tower at most.
+    """The global_batch / dp_size rows that a data-parallel rank accumulates in a step. vision_chunk:
+    largest number of views in a call of the vision tower.
     """
     cost = np.array([row_cost(costs, row) for row in step.rows])
     views = [int(costs.tiles[row].sum()) for row in step.rows]

@@ -1,9 +1,9 @@
-"""The plan on disk: epochs and their numbers of rows, so that resuming at step 100,000 costs what step 0
-costs.
+"""The plan on disk: epochs and the number of the first row of each, so that resuming at a late step does not
+plan all epochs before it again.
 
-In: a directory and a key made of everything that shapes the plan. Out: epochs, mapped into memory, so that
-the ranks of a node share them. A damaged or missing file is made again: the plan is a pure
-function. One process (the main rank) writes, all read.
+In: a directory and a key, which is a digest of everything that shapes the plan. Out: epochs, mapped into
+memory, so that the ranks of a node share them. The plan is a pure function, so a missing or damaged file is
+computed again. One process (the main rank) writes; all processes read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from phi3v_dist.data.epoch import EpochRows
 from shards.common.files import write_atomically
 
-_WORTH_KEEPING = 20_000  # samples; smaller epochs are made faster than files are opened
-_MOST_BYTES = 4 << 30  # of all epochs on disk
+_WORTH_KEEPING = 20_000  # samples; a smaller epoch is planned in a moment, so it gets no file
+_MOST_BYTES = 4 << 30  # limit of all epochs on disk together
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +32,7 @@ class PlanFiles:
     writer: bool
 
     def first_rows(self) -> list[int]:
-        """The number of the first row of every epoch that was ever planned; empty if none was."""
+        """The number of the first row of each epoch planned so far; empty if there is none."""
         stored = self._load("rows", None)
         return [] if stored is None or not len(stored) or stored[0] != 0 else stored.tolist()
 
@@ -41,18 +41,18 @@ class PlanFiles:
         self._store("rows", np.array(first_rows, dtype=np.int64))
 
     def epoch(self, number: int) -> EpochRows | None:
-        """The rows of an epoch, if they were kept."""
+        """The rows of an epoch; None if there is no usable file."""
         stored = self._load(f"epoch-{number:06d}", "r")
         if stored is None or len(stored) < 2:
             return None
         rows = int(stored[0])
         offsets, samples = stored[1 : rows + 2], stored[rows + 2 :]
-        whole = len(offsets) == rows + 1 and int(offsets[-1]) == len(samples)
-        return EpochRows(samples, np.asarray(offsets)) if whole else None
+        complete = len(offsets) == rows + 1 and int(offsets[-1]) == len(samples)
+        return EpochRows(samples, np.asarray(offsets)) if complete else None
 
     def keep_epoch(self, number: int, rows: EpochRows, ahead: bool) -> None:
-        """Stores an epoch. Where room is short, those that the run is past go, unless it plans `ahead`: then
-        this one is not kept.
+        """Writes the file of an epoch. If the files together would be too large, those of earlier epochs are
+        deleted first; with `ahead` (the run still needs those) this epoch is not kept instead.
         """
         if not self.writer or len(rows.samples) < _WORTH_KEEPING:
             return

@@ -85,10 +85,11 @@ def prepare_data(
 def _plan_key(config: RunConfig, costs_key: str) -> str:
     """A digest of everything that shapes the plan. costs_key: stands for the costs."""
     data = config.data
-    return _digest(
-        _PLAN_VERSION, costs_key, data.seq_len, config.seed, config.train.global_batch, data.shuffle,
-        data.packing, data.over_long, data.weights,
-    )[:20]  # fmt: skip
+    parts = (
+        *(_PLAN_VERSION, costs_key, data.seq_len, config.seed, config.train.global_batch),
+        *(data.shuffle, data.packing, data.over_long, data.weights),
+    )
+    return _digest(*parts)[:20]
 
 
 def data_fingerprint(config: RunConfig) -> str:

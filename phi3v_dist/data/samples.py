@@ -41,6 +41,7 @@ class Samples:
         roots: Sequence[str],
         shards: Sequence[dict[str, ShardInfo]],
         table: pa.Table | None = None,
+        *,
         file: Path | None = None,
     ) -> None:
         self.roots, self.shards, self.file = tuple(roots), tuple(shards), file
@@ -105,8 +106,11 @@ class Samples:
 
 
 class BatchRecords:
-    """The records of an Arrow batch. The columns are taken apart once, so that a record costs a tenth of what
-    `to_pylist` takes. Nothing is copied; a memoryview gives one integer in half the time of an array.
+    """The records of an Arrow batch, one at a time and in any order.
+
+    The columns are split once, as views into the memory of the batch. A record of two images and two messages
+    then takes less than half of the time of `batch.slice(number, 1).to_pylist()` (pyarrow 26.0). Integers
+    come from a memoryview: it gives a Python int, in less time than a numpy array gives a numpy scalar.
     """
 
     def __init__(self, batch: pa.RecordBatch) -> None:
@@ -162,7 +166,7 @@ def _integers(column: pa.Array) -> memoryview:
 
 
 class _Strings:
-    """A column of texts without nulls, by number: three times as fast as `column[number].as_py()`."""
+    """A column of texts without nulls, by number; faster than `column[number].as_py()` (pyarrow 26.0)."""
 
     def __init__(self, column: pa.StringArray) -> None:
         _, starts, data = column.buffers()

@@ -116,7 +116,7 @@ class SampleShape:
 
         Raises BadInputError as `hd_grid` and `tile_side_tokens`.
         """
-        images = [_image_shape(width, height, num_crops, tile) for width, height in sizes]
+        images = [_image_shape(size, num_crops, tile) for size in sizes]
         return cls(tuple([grid for grid, _ in images]), tuple([tokens for _, tokens in images]))
 
     @property
@@ -134,11 +134,12 @@ class SampleShape:
         return SampleShape(self.grids[:count], self.image_tokens[:count])
 
 
-# Counting tokens asks for the same few sizes over and over; the cache makes that four times faster.
+# Counting tokens asks for the same few sizes again and again. Measured with five sizes: without the cache,
+# `SampleShape.of` takes three to four times as long.
 @lru_cache(maxsize=16_384)
-def _image_shape(width: int, height: int, num_crops: int, tile: int) -> tuple[HDGrid, int]:
-    """The grid of an image, and its number of tokens."""
-    grid = hd_grid(width, height, num_crops, tile=tile)
+def _image_shape(size: tuple[int, int], num_crops: int, tile: int) -> tuple[HDGrid, int]:
+    """The grid of an image of this (width, height), and its number of tokens."""
+    grid = hd_grid(*size, num_crops, tile=tile)
     return grid, image_token_count(grid.rows, grid.cols, tile_side_tokens(tile))
 
 

@@ -96,7 +96,7 @@ def _subschema(names: Sequence[str]) -> pa.Schema:
 def records_table(records: Sequence[SampleRecord]) -> pa.Table:
     """The records as a table of INDEX_SCHEMA, in their order."""
     names = INDEX_SCHEMA.names
-    rows = [
+    entries = [
         {
             **{name: getattr(record, name) for name in names},
             "images": [
@@ -112,7 +112,7 @@ def records_table(records: Sequence[SampleRecord]) -> pa.Table:
         }
         for record in records
     ]
-    return pa.Table.from_pylist(rows, INDEX_SCHEMA)
+    return pa.Table.from_pylist(entries, INDEX_SCHEMA)
 
 
 def table_records(table: pa.Table) -> list[SampleRecord]:
@@ -122,10 +122,10 @@ def table_records(table: pa.Table) -> list[SampleRecord]:
     return [
         SampleRecord(
             **{
-                **row,
-                "images": tuple(ImageRef(**image) for image in row["images"]),
-                "messages": tuple(cast(Message, message) for message in row.get("messages", ())),
+                **entry,
+                "images": tuple(ImageRef(**image) for image in entry["images"]),
+                "messages": tuple(cast(Message, message) for message in entry.get("messages", ())),
             }
         )
-        for row in table.to_pylist()
+        for entry in table.to_pylist()
     ]

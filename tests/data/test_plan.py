@@ -106,7 +106,7 @@ def test_the_documents_of_the_last_step_are_dealt_out_to_all_of_its_rows() -> No
     assert cost.max() <= max(1.3 * cost.mean(), largest), "no row holds two where another holds none"
     half = made.end_row(1.5)
     assert end < half < end + len(made.epoch(1))
-    # a run that is made longer goes on with the first row that was not taken
+    # a run that is made longer continues with the first row that was not taken
     assert made.steps_between(end, made.end_row(2)) == -(-len(made.epoch(1)) // 16)
 
 
@@ -134,7 +134,7 @@ def test_ranks_of_a_micro_step_make_the_same_vision_calls_and_similar_work() -> 
     assert all(cost[micro].min() >= cost[later].max() for micro, later in zip(dealt, dealt[1:], strict=False))
 
 
-def test_over_long_samples_are_dropped_aloud_or_refused() -> None:
+def test_over_long_samples_are_dropped_or_refused() -> None:
     with pytest.raises(
         BadInputError, match=r"of 500 samples are longer than data.seq_len=200 \(longest: 2\d\d\)"
     ):
@@ -179,7 +179,7 @@ def test_a_mixture_keeps_its_proportions_and_uses_every_sample_before_any_again(
     assert epoch_draws(layout, usable) == [250, 750]
     used = np.zeros(1000, int)
     for epoch in range(4):
-        big, small = epoch_samples(layout, usable, 5, epoch, True)
+        big, small = epoch_samples(layout, usable, 5, epoch=epoch, shuffle=True)
         assert len(big) == 250 and len(small) == 750 and big.max() < 900 <= small.min()
         used += np.bincount(np.concatenate([big, small]), minlength=1000)
     assert sorted(np.unique(used[:900])) == [1, 2] and used[:900].sum() == 1000

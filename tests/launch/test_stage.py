@@ -1,4 +1,4 @@
-"""Shards copied to a local disk: whole, once, and the same data set."""
+"""Datasets copied to a local disk: complete, once, and equal to the original."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from shards.format.dataset import read_dataset_info
 from shards.format.index import read_index
 
 
-def test_the_copy_is_the_data_set_and_is_made_once(products: Path, tmp_path: Path) -> None:
+def test_the_copy_equals_the_dataset_and_is_made_once(products: Path, tmp_path: Path) -> None:
     copy = stage_dataset(str(products), tmp_path / "local disk")
     assert read_dataset_info(str(copy)) == read_dataset_info(str(products))
     assert read_index(str(copy)).equals(read_index(str(products)))
@@ -22,7 +22,7 @@ def test_the_copy_is_the_data_set_and_is_made_once(products: Path, tmp_path: Pat
     assert (copy / "dataset.json").stat().st_mtime_ns == first
 
 
-def test_a_half_copy_is_completed(products: Path, tmp_path: Path) -> None:
+def test_an_incomplete_copy_is_completed(products: Path, tmp_path: Path) -> None:
     copy = stage_dataset(str(products), tmp_path)
     shard = next(iter(sorted(copy.glob("*.tar"))))
     whole = shard.read_bytes()

@@ -283,7 +283,7 @@ def test_duplicates_are_dropped_and_named_also_after_a_kill(
     assert build(str(source), str(tmp_path / "out"), options).num_samples == 17
     dropped = [entry for entry in ledger(tmp_path / "out") if entry["outcome"] == "dropped"]
     assert [(entry["row"], entry["reason"]) for entry in dropped] == [
-        (number, "duplicate: its images are those of row 1") for number in (3, 15, 19)
+        (number, "duplicate: its images are those of record 1") for number in (3, 15, 19)
     ]
     build(str(source), str(tmp_path / "whole"), options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""The whole way of a dataset over s3://, against a real server: build, kill, go on, verify, inspect, read."""
+"""A dataset over s3://, against a real server: build, kill, resume, verify, inspect, read."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import pytest
 from phi3v_dist.data.reader import SampleReader
 from shards.build import BuildOptions, build, build_task, close_tasks, retry_failed, waits_for_close
 from shards.common.errors import BadInputError
-from shards.format.index import read_index
+from shards.format.index import read_index, table_records
 from shards.index import IndexOptions, build_index
 from shards.inspect import inspect
 from shards.page import make_page
@@ -55,9 +55,9 @@ def test_a_build_killed_on_its_way_to_s3_ends_as_on_a_disk(
     assert seen[0] > 20 and info.num_samples == 35 and in_store(url) == on_disk(tmp_path / "disk")
     assert verify(url, decode=1).faults == ()
     assert inspect(url).width.largest == 60 and "data:image/jpeg" in make_page(url, inspect(url), 3)
-    row = read_index(url).to_pylist()[7]
+    record = table_records(read_index(url))[7]
     reader = SampleReader(url)
-    assert reader.images(row) == [(Path(source).parent / f"{int(row['key'])}.jpg").read_bytes()]
+    assert reader.images(record) == [(Path(source).parent / f"{int(record.key)}.jpg").read_bytes()]
 
 
 def test_tars_of_others_are_indexed_where_they_are(
@@ -83,9 +83,9 @@ def test_tars_of_others_are_indexed_where_they_are(
     info = build_index(f"{s3}/tars", chosen, work_dir=work)
     assert build_index(f"{s3}/tars", chosen, work_dir=work) == info and info.num_samples == 8
     assert not list((tmp_path / "work").rglob("*.tar")) and verify(f"{s3}/tars", decode=1).faults == ()
-    rows = read_index(f"{s3}/tars").to_pylist()
-    assert [row["key"] for row in rows][::4] == ["a/0000", "b/0000"]
-    assert SampleReader(f"{s3}/tars").images(rows[5]) == [picture(1 + ord("b"))]
+    records = table_records(read_index(f"{s3}/tars"))
+    assert [record.key for record in records][::4] == ["a/0000", "b/0000"]
+    assert SampleReader(f"{s3}/tars").images(records[5]) == [picture(1 + ord("b"))]
     with pytest.raises(BadInputError, match="of an index with other options"):
         build_index(f"{s3}/tars", IndexOptions(prompt="!", answer="{txt}"), work_dir=work)
     with pytest.raises(BadInputError, match="/nothing: no .tar files to index"):
