@@ -69,13 +69,15 @@ def positional(function: Function) -> list[ast.arg]:
 
 
 def is_command(function: Function) -> bool:
-    """Whether typer calls it, always by keyword: every parameter is an Annotated option, or one of the two
-    types that launch/cli/arguments.py makes of them.
+    """Whether typer calls it, always by keyword: @app.command(...), or, where launch/cli/main.py adds the
+    command, every parameter is an Annotated option or one of the two types of launch/cli/arguments.py.
     """
+    decorators = [each.func for each in function.decorator_list if isinstance(each, ast.Call)]
+    if any(isinstance(each, ast.Attribute) and each.attr == "command" for each in decorators):
+        return True
     types = [ast.unparse(each.annotation) if each.annotation else "" for each in parameters(function)]
-    return bool(types) and all(
-        each in ("Config", "Overrides") or each.startswith("Annotated[") for each in types
-    )
+    named = ("Config", "Overrides")
+    return bool(types) and all(each in named or each.startswith("Annotated[") for each in types)
 
 
 def report(offenders: list[str]) -> None:
