@@ -13,13 +13,10 @@ from safetensors.torch import load_file
 
 from phi3v_dist.checkpoint import read as checkpoint
 from phi3v_dist.checkpoint.restore import find_source, restore
-from phi3v_dist.config import load_config
 from phi3v_dist.data.reader import SampleReader
 from phi3v_dist.data.samples import read_samples
-from phi3v_dist.parallel.mesh import open_mesh
 from phi3v_dist.processor.image import hd_tiles
-from phi3v_dist.train.loop import train
-from tests.ranks import logged
+from tests.ranks import logged, run_ranks
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TARGET = FIXTURES / "checkpoint-before-v2/step-000002"
@@ -52,17 +49,15 @@ def test_weights_of_an_old_checkpoint_are_what_its_files_hold() -> None:
     assert all(torch.equal(parameter, weights[name]) for name, parameter in restored.model.named_parameters())
 
 
+@pytest.mark.ranks
 def test_an_old_run_resumes_and_learns_what_it_learnt(tmp_path: Path) -> None:
     folder = tmp_path / "runs/before-v2/checkpoints"
     folder.mkdir(parents=True)
     shutil.copytree(TARGET, folder / TARGET.name)
-    overrides = [f"runs_dir={tmp_path / 'runs'}", f"data.path={DATASET}"]
-    config = load_config(TARGET.parent / "config.yaml", overrides)
-    with open_mesh(60.0) as mesh:
-        assert train(config, mesh).step == 4
+    run_ranks(TARGET.parent / "config.yaml", 1, f"runs_dir={tmp_path / 'runs'}", f"data.path={DATASET}")
     lines = [json.loads(line) for line in (TARGET.parent / "metrics.jsonl").read_text().splitlines()]
     before = {line["train/global_step"]: line["train/loss"] for line in lines}
-    after = logged(config.run_dir, "train/loss")
+    after = logged(tmp_path / "runs/before-v2", "train/loss")
     assert set(after) == {3, 4}
     assert all(after[step] == pytest.approx(before[step], rel=1e-5) for step in after)
 
