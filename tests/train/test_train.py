@@ -271,7 +271,7 @@ def test_unreadable_samples_are_left_out_and_too_many_stop_the_run(tiny_config: 
     epoch = [f"data.path={damaged}", "train.steps=null", "train.epochs=1", "eval.generate_samples=0"]
     output = run_ranks(tiny_config, 2, *epoch, "data.max_bad_fraction=0.1")
     logs = "".join((config.run_dir / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
-    assert logs.count("sample left out") == 3 and "undecodable picture" in logs
+    assert logs.count("sample left out") == 3 and "undecodable image" in logs
     assert list(logged(config.run_dir, "data/bad_samples").values())[-1] == 3
     assert "saved" in output
 
@@ -285,5 +285,5 @@ def test_unreadable_samples_are_left_out_and_too_many_stop_the_run(tiny_config: 
     assert code != 0 and "unreadable samples" in output
     assert recorded_exit(config.run_dir.parent / "worse", began) == DIVERGED
     listed = (config.run_dir.parent / "worse/bad-samples.txt").read_text().splitlines()
-    assert listed and all("shard-" in line and "undecodable picture" in line for line in listed)
+    assert listed and all("shard-" in line and "undecodable image" in line for line in listed)
     assert listed[0] in output
