@@ -27,6 +27,7 @@ from launch.slurm_task import NodeTask
 from phi3v_dist.config import load_config
 from phi3v_dist.exits import CRASHED, DONE
 from shards.common.errors import BadInputError
+from shards.common.text import one_line
 
 POLL_S = 2.0
 JOBS = "slurm"
@@ -148,7 +149,7 @@ def slurm_executor(folder: Path) -> Any:
 
 def refused(error: Exception) -> BadInputError:
     """The error that tells in one line why Slurm refused a job."""
-    return BadInputError(f"Slurm refused the job: {' '.join(str(error).split())[-300:]}")
+    return BadInputError(f"Slurm refused the job: {one_line(error)[-300:]}")
 
 
 def batch_script(folder: Path, parameters: Mapping[str, Any], *, tasks: int | None = None) -> str:

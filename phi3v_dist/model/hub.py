@@ -33,6 +33,7 @@ from phi3v_dist.processor.geometry import tile_side_tokens
 from phi3v_dist.processor.preprocessor_config import write_preprocessor_config
 from phi3v_dist.processor.tokenizer import load_tokenizer, save_tokenizer_config
 from shards.common.errors import BadInputError
+from shards.common.text import one_line
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -61,7 +62,7 @@ def load_config(directory: str | Path) -> Phi3VConfig:
     except BadInputError as error:
         raise BadInputError(f"{file}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise BadInputError(f"{file}: {' '.join(str(error).split())}") from error
+        raise BadInputError(f"{file}: {one_line(error)}") from error
 
 
 def build_model(config: Phi3VConfig, dtype: torch.dtype) -> Phi3VForCausalLM:

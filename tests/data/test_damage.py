@@ -33,6 +33,7 @@ from shards.build import BuildOptions, build
 from shards.common.errors import BadInputError
 from shards.format.index import read_index
 from shards.sample import make_catalogue
+from tests.data.only_rank import only_rank
 from tests.waiting import wait_for
 
 TILE = 112
@@ -62,15 +63,7 @@ def plan_of(made: RowMaker) -> Plan:
 
 def rows(made: RowMaker, workers: int = 0) -> list[LoadedRow]:
     plan = plan_of(made)
-    mine = RankRows(
-        plan,
-        dp_rank=0,
-        dp_size=1,
-        vision_chunk=16,
-        first_row=0,
-        steps=plan.steps_of(1),
-        end_row=plan.end_row(1),
-    )
+    mine = only_rank(plan)
     return list(load_rows(made, mine, workers, prefetch=2, timeout_s=60))
 
 
@@ -151,15 +144,7 @@ def test_a_shard_deleted_under_running_workers_hangs_nobody(copy: Path, tokenize
     made = maker(copy, tokenizer)
     plan = plan_of(made)
     # 30 epochs; the shards go while they are read
-    mine = RankRows(
-        plan,
-        dp_rank=0,
-        dp_size=1,
-        vision_chunk=16,
-        first_row=0,
-        steps=plan.steps_of(30),
-        end_row=plan.end_row(30),
-    )
+    mine = only_rank(plan, 30)
     loaded = load_rows(made, mine, 1, prefetch=1, timeout_s=60)
     next(loaded)
     for shard in copy.glob("*.tar"):

@@ -10,13 +10,14 @@ import torch
 
 from phi3v_dist.data.collate import Document, collate
 from phi3v_dist.data.loader import LoadedRow, RowMaker, load_rows
-from phi3v_dist.data.plan import Plan, RankRows
+from phi3v_dist.data.plan import Plan
 from phi3v_dist.data.reader import SampleReader
 from phi3v_dist.data.samples import keep_samples, open_samples, read_samples, samples_fingerprint
 from phi3v_dist.data.tokens import Counter, SampleCosts, keep_costs, load_costs, sample_costs
 from phi3v_dist.processor.tokenizer import load_tokenizer, train_tokenizer
 from shards.common.errors import BadInputError
 from shards.format.index import read_index
+from tests.data.only_rank import only_rank
 
 TILE = 112
 
@@ -39,15 +40,7 @@ def costs(maker: RowMaker) -> SampleCosts:
 
 def rows(maker: RowMaker, costs: SampleCosts, workers: int = 0) -> list[LoadedRow]:
     plan = Plan(costs, 700, 0, global_batch=2)
-    mine = RankRows(
-        plan,
-        dp_rank=0,
-        dp_size=1,
-        vision_chunk=16,
-        first_row=0,
-        steps=plan.steps_of(1),
-        end_row=plan.end_row(1),
-    )
+    mine = only_rank(plan)
     return list(load_rows(maker, mine, workers, prefetch=2, timeout_s=60))
 
 
